@@ -1,0 +1,84 @@
+"""Files and folders that are complete or not there: written aside, flushed to the disk, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing_file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there takes its place when the block succeeds.
+
+    When it fails, or the process dies, `path` is as it was.
+    """
+    path = Path(path)
+    aside = _aside(path, "partial")
+    try:
+        yield aside
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path | str) -> Iterator[Path]:
+    """Yield a new, empty folder beside `folder`; it takes its place, contents and all, when the block succeeds.
+
+    When it fails, `folder` is as it was. A folder cannot be renamed over a full one, so the old one steps aside for an
+    instant: should the process die in that very instant, the next call for this folder puts the old one back first.
+    """
+    folder = Path(folder)
+    previous = _aside(folder, "previous")
+    restore_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(folder, "partial")
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
+    aside.mkdir()
+    try:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            _sync(path)
+        if folder.exists():
+            folder.rename(previous)
+        try:
+            aside.rename(folder)
+        except OSError:
+            restore_folder(folder)
+            raise
+        _sync(folder.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_folder(folder: Path | str) -> None:
+    """Put `folder` back if a process died while :func:`replacing_folder` was changing it for a new one."""
+    folder = Path(folder)
+    previous = _aside(folder, "previous")
+    if not previous.exists():
+        return
+    if folder.exists():
+        shutil.rmtree(previous)  # the new one had arrived
+    else:
+        previous.rename(folder)
+
+
+def _aside(path: Path, role: str) -> Path:
+    """Name a hidden sibling of `path`."""
+    path = path.absolute()  # so that "." has a name
+    return path.with_name(f".{path.name}.{role}")
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to this file, or the names in this folder, before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
