@@ -1,0 +1,250 @@
+"""Tf-FD: a network's own salient channels and deep stages as the teachers of its redundant channels and shallow stages.
+
+Li, "Self-Regulated Feature Learning via Teacher-free Feature Distillation", ECCV 2022,
+doi 10.1007/978-3-031-19809-0_20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..feature_losses import FEATURE_LOSSES, FeatureLoss
+from ..losses import DeepChannels, StagePairs, inter_layer_loss, intra_layer_loss, pair_channels, stage_pairs
+from ..salience import SalienceMetric, stage_salience
+from ..schedules import LossWeight
+from ..stages import Stages, find_stages, stage_activations, stage_norms
+from .base import DistillationTask, Objective, View, Weight
+
+SALIENCE_METRICS = ("lp", "spread", "entropy", "bn_scale", "hrank")
+
+
+@dataclass(frozen=True)
+class TfFDConfig:
+    """Settings of Tf-FD: L = CE + w(t) (lambda_intra L_intra + lambda_inter L_inter)."""
+
+    lambda_intra: float = 0.04
+    """Weight of the intra-layer loss; 0 leaves it out."""
+    lambda_inter: float = 0.05
+    """Weight of the inter-layer loss; 0 leaves it out."""
+    share_intra: float | None = None
+    """Target gradient share of the intra-layer loss, such as 0.05; lambda_intra then only starts it."""
+    share_inter: float | None = None
+    """Target gradient share of the inter-layer loss, such as 0.05; lambda_inter then only starts it."""
+    measure_every: int = 0
+    """Measure gradient shares every so many batches; 0 never. A measured batch costs about three plain ones."""
+
+    salience: SalienceMetric = "lp"
+    """What makes a channel salient."""
+    p: int = 2
+    """The p of salience 'lp': 1 or 2."""
+    ratio: float = 0.5
+    """Share of the channels that is salient."""
+    detach_salient: bool = True
+    """Stop the gradient on the salient half; without it both halves move towards each other."""
+    salience_momentum: float = 0.0
+    """Exponential moving average of the salience, such as 0.99; 0 ranks by the batch alone."""
+    repair_every: int = 1
+    """Rank and pair the channels anew every so many batches."""
+    salience_images: int | None = None
+    """Rank by the first so many images of a batch only (8 makes 'hrank' affordable)."""
+
+    intra_loss: FeatureLoss = "l2"
+    """Feature loss between redundant and salient channels."""
+    inter_loss: FeatureLoss = "l2"
+    """Feature loss between shallow and deep stages."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Mean over all elements, or sum over C, H, W and mean over N ('l2' only)."""
+    normalise: bool = False
+    """Divide every feature map by its l2 norm over space before the losses."""
+    pairs: StagePairs = "all"
+    """Stage pairs of the inter-layer loss."""
+    deep_channels: DeepChannels = "first"
+    """Which channels of the deep stage teach."""
+    stages: tuple[int, ...] | None = None
+    """Stages by position, 0 the shallowest; all when not given."""
+
+    warmup: float = 20 / 240
+    """Share of the run over which w rises linearly from 0 to 1."""
+    decay: Literal["none", "edt", "off"] = "none"
+    """Early decay: 'edt' w x 0.9 after every 30 % of the run; 'off' full to 30 %, linear to zero at 60 %."""
+    whole_epochs: bool = False
+    """Let w rise in whole epochs counted from 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("lambda_intra", "lambda_inter"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a loss weight is zero or more")
+        for name in ("share_intra", "share_inter"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 100:
+                raise ValueError(f"{name} is {share}; a gradient share is a fraction such as 0.05, or None")
+        if not 0 <= self.salience_momentum < 1:
+            raise ValueError(f"salience_momentum is {self.salience_momentum}; give a number in [0, 1)")
+        if self.repair_every < 1:
+            raise ValueError(f"repair_every is {self.repair_every}; give 1 or more batches")
+        if self.salience not in SALIENCE_METRICS:
+            raise ValueError(f"unknown salience '{self.salience}'; choose one of {', '.join(SALIENCE_METRICS)}")
+        for loss in (self.intra_loss, self.inter_loss):
+            if loss not in FEATURE_LOSSES:
+                raise ValueError(f"unknown feature loss '{loss}'; choose one of {', '.join(FEATURE_LOSSES)}")
+
+    @property
+    def pre_activation(self) -> bool:
+        """Whether a loss compares features before the activation."""
+        return "ab" in (self.intra_loss, self.inter_loss)
+
+
+CANONICAL = TfFDConfig()
+"""Stop-gradient on every teacher, salience by l2 norm; gradient shares near 5 % each on ResNet-20."""
+
+REFERENCE = TfFDConfig(
+    lambda_intra=8e-4, lambda_inter=5e-4, salience="spread", detach_salient=False, whole_epochs=True, warmup=20 / 240
+)
+"""What the author's published code does and its README's weights: gradient shares near 0.1 % and 0.05 %."""
+
+
+class TfFD(Objective):
+    """The intra-layer and inter-layer losses of one network on its own stage features.
+
+    Args:
+        config: the settings.
+        stages: the stages whose features the losses will see.
+        norms: for `salience="bn_scale"` the BatchNorm of every stage (`stage_norms`).
+    """
+
+    def __init__(self, config: TfFDConfig, stages: Stages, norms: Sequence[nn.Module] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.norms = norms if norms is None else tuple(norms)  # a tuple: these belong to the model, not to us
+        self.weights = {}
+        if config.lambda_intra or config.share_intra:
+            self.weights["intra"] = Weight(config.lambda_intra, config.share_intra)
+        if config.lambda_inter or config.share_inter:
+            self.weights["inter"] = Weight(config.lambda_inter, config.share_inter)
+        if not self.weights:
+            raise ValueError("both lambda_intra and lambda_inter are 0: nothing would be distilled; train plainly")
+        self.pairs = stage_pairs(len(stages.indices), config.pairs)
+        if "inter" in self.weights and not self.pairs:
+            raise ValueError(
+                f"inter-layer distillation needs two stages and got {len(stages.indices)}; choose more stages, or set "
+                "lambda_inter to 0"
+            )
+        self._ranks = "intra" in self.weights or config.deep_channels == "salient"
+        # Rankings outlive their batch only when they are averaged or kept.
+        self._remembers = self._ranks and (config.repair_every > 1 or config.salience_momentum > 0)
+        self._rank_now = True
+        if self._remembers:
+            self.register_buffer("ranked", torch.zeros((), dtype=torch.bool))
+            for stage, channels in enumerate(stages.channels):
+                self.register_buffer(f"salience_{stage}", torch.zeros(channels))
+
+    def begin_batch(self, epoch: float, batch: int) -> None:
+        self._rank_now = batch % self.config.repair_every == 0
+
+    def forward(self, view: View) -> dict[str, Tensor]:
+        config, features = self.config, view.features
+        saliences = self._saliences(features) if self._ranks else None
+        if config.normalise:
+            features = [F.normalize(feature.float().flatten(2), dim=2).view_as(feature) for feature in features]
+        terms = {}
+        if "intra" in self.weights:
+            assert saliences is not None
+            terms["intra"] = intra_layer_loss(
+                features,
+                [pair_channels(salience, config.ratio) for salience in saliences],
+                ratio=config.ratio,
+                loss=config.intra_loss,
+                detach_salient=config.detach_salient,
+                reduction=config.reduction if config.intra_loss == "l2" else "mean",
+            )
+        if "inter" in self.weights:
+            terms["inter"] = inter_layer_loss(
+                features,
+                self.pairs,
+                loss=config.inter_loss,
+                reduction=config.reduction if config.inter_loss == "l2" else "mean",
+                deep_channels=config.deep_channels,
+                saliences=saliences,
+            )
+        return terms
+
+    @torch.no_grad()
+    def _saliences(self, features: Sequence[Tensor]) -> list[Tensor]:
+        config = self.config
+        remembered = [getattr(self, f"salience_{stage}") for stage in range(len(features))] if self._remembers else []
+        if self._rank_now or not self._remembers:
+            current = stage_salience(
+                features, config.salience, p=config.p, norms=self.norms, images=config.salience_images
+            )
+            if not self._remembers:
+                return current
+            momentum = torch.where(self.ranked, config.salience_momentum, 0.0)  # the first ranking counts in full
+            for average, salience in zip(remembered, current, strict=True):
+                average.lerp_(salience, 1 - momentum)
+            self.ranked.fill_(True)
+        return remembered
+
+
+class TfFDTask(DistillationTask):
+    """Train any timm model with Tf-FD: L = CE + w(t) (lambda_intra L_intra + lambda_inter L_inter).
+
+    Args:
+        model: any timm model with `forward_intermediates`.
+        config: the settings, `CANONICAL` by default.
+        epochs: length of the run, which scales the schedule of w.
+        batches_per_epoch: `len(train_loader)`.
+        objectives: further losses beside Tf-FD, such as logit distillation.
+        input_size: (channels, height, width) of the dry run that some settings need; the model's own when None.
+
+    Example::
+
+        task = TfFDTask(timm.create_model("resnet18"), epochs=100, batches_per_epoch=len(loader))
+        task(images, targets)["loss"].backward()
+
+    Raises:
+        ValueError: when the model's stages cannot serve, with the reason and what would.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TfFDConfig = CANONICAL,
+        *,
+        epochs: float | None = None,
+        batches_per_epoch: int | None = None,
+        objectives: Sequence[Objective] = (),
+        input_size: tuple[int, int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        stages = find_stages(model, config.stages)
+        if input_size is None:
+            input_size = model.pretrained_cfg["input_size"]
+        norms = stage_norms(model, stages, input_size) if config.salience == "bn_scale" else None
+        super().__init__(
+            model,
+            [TfFD(config, stages, norms), *objectives],
+            stages=stages,
+            schedule=loss_weight_schedule(config, epochs),
+            batches_per_epoch=batches_per_epoch,
+            measure_every=config.measure_every,
+            taps=stage_activations(model, stages, input_size) if config.pre_activation else (),
+            **kwargs,
+        )
+        self.config = config
+
+
+def loss_weight_schedule(config: TfFDConfig, epochs: float | None) -> LossWeight | None:
+    """The schedule of w for a run of `epochs`; None when w is 1 throughout."""
+    if not config.warmup and config.decay == "none":
+        return None
+    if epochs is None:
+        raise ValueError("the loss-weight schedule scales with the run: pass epochs=..., or set warmup=0, decay='none'")
+    return LossWeight(
+        epochs, warmup_epochs=config.warmup * epochs, decay=config.decay, whole_epochs=config.whole_epochs
+    )
