@@ -5,11 +5,11 @@ A family (ResNet, WRN, VGG) builds its stem, its stages and, for pre-activation 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, get_device_dtype
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -34,25 +34,49 @@ def cifar_cfg(**changes: Any) -> dict[str, Any]:
     }
 
 
-def stage_strides(num_stages: int, output_stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (stride, dilation, first_dilation) of each stage; every stage but the first halves the map.
+def residual_stages(
+    make_block: Callable[..., nn.Module],
+    blocks_per_stage: int,
+    in_channels: int,
+    channels: Sequence[int],
+    output_stride: int,
+    drop_path_rate: float,
+) -> tuple[list[nn.Sequential], list[int]]:
+    """Stages of residual blocks, each but the first halving the map, and how much smaller than the image each map is.
 
     Once the maps are `output_stride` times smaller than the image, a stage dilates its convolutions instead.
+
+    Args:
+        make_block: called with (in_channels, out_channels), stride, dilation, first_dilation and drop_path_rate.
+        blocks_per_stage: blocks in each stage.
+        in_channels: channels of the map that the first stage reads.
+        channels: channels of each stage's map.
+        output_stride: how many times smaller than the image the last map is.
+        drop_path_rate: stochastic depth of the last stage, growing linearly from 0 over the stages.
 
     Raises:
         ValueError: if `output_stride` is no power of two that the stages can reach.
     """
-    reachable = [2**i for i in range(num_stages)]
+    reachable = [2**i for i in range(len(channels))]
     if output_stride not in reachable:
         raise ValueError(f"output_stride={output_stride} cannot be reached: choose one of {reachable}")
+    drop_path_rates = calculate_drop_path_rates(drop_path_rate, [blocks_per_stage] * len(channels), stagewise=True)
+    stages, reductions = [], []
     reduction, dilation = 1, 1
-    for index in range(num_stages):
+    for index, (out_channels, rates) in enumerate(zip(channels, drop_path_rates, strict=True)):
         stride = 1 if index == 0 else 2
         first_dilation = dilation
         if reduction == output_stride:
             dilation, stride = dilation * stride, 1
         reduction *= stride
-        yield stride, dilation, first_dilation
+        blocks = []
+        for rate in rates:
+            geometry = {"stride": stride, "dilation": dilation, "first_dilation": first_dilation}
+            blocks.append(make_block(in_channels, out_channels, **geometry, drop_path_rate=rate))
+            in_channels, stride, first_dilation = out_channels, 1, dilation
+        stages.append(nn.Sequential(*blocks))
+        reductions.append(reduction)
+    return stages, reductions
 
 
 class CifarNet(nn.Module):

@@ -8,15 +8,16 @@ Distillation" (CRD, https://arxiv.org/abs/1910.10699), whose parameter counts th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from timm.layers import ConvNormAct, DropPath, LayerType, calculate_drop_path_rates, get_act_layer, get_norm_layer
+from timm.layers import ConvNormAct, DropPath, LayerType, get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
 from ._builder import build_tffd
-from ._cifar import CifarNet, cifar_cfg, stage_strides
+from ._cifar import CifarNet, cifar_cfg, residual_stages
 
 __all__ = ["CifarResNet"]
 
@@ -51,44 +52,32 @@ class CifarResNet(CifarNet):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         layers = {"act_layer": get_act_layer(act_layer), "norm_layer": get_norm_layer(norm_layer)}
-        depths = [(depth - 2) // 6] * len(channels)
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-
-        stages = []
-        reductions = []
-        reduction = 1
-        in_channels = stem_channels
-        geometry = stage_strides(len(channels), output_stride)
-        for out_channels, rates, (stride, dilation, first_dilation) in zip(
-            channels, drop_path_rates, geometry, strict=True
-        ):
-            reduction *= stride
-            blocks = []
-            for rate in rates:
-                shortcut = None
-                if stride != 1 or in_channels != out_channels:
-                    shortcut = downsample_conv(
-                        in_channels, out_channels, 1, stride, norm_layer=layers["norm_layer"], **dd
-                    )
-                blocks.append(
-                    BasicBlock(
-                        in_channels,
-                        out_channels,
-                        stride,
-                        shortcut,
-                        dilation=dilation,
-                        first_dilation=first_dilation,
-                        drop_path=DropPath(rate) if rate else None,
-                        **layers,
-                        **dd,
-                    )
-                )
-                in_channels, stride, first_dilation = out_channels, 1, dilation
-            stages.append(nn.Sequential(*blocks))
-            reductions.append(reduction)
-
+        block = partial(_basic_block, **layers, **dd)
+        stages, reductions = residual_stages(
+            block, (depth - 2) // 6, stem_channels, channels, output_stride, drop_path_rate
+        )
         stem = ConvNormAct(in_chans, stem_channels, 3, **layers, **dd)
         super().__init__(stem, stem_channels, stages, channels, reductions, in_chans=in_chans, **kwargs, **dd)
+
+
+def _basic_block(
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    drop_path_rate: float,
+    norm_layer: type[nn.Module],
+    device: Any,
+    dtype: Any,
+    **kwargs: Any,
+) -> BasicBlock:
+    dd = {"device": device, "dtype": dtype}
+    shortcut = None
+    if stride != 1 or in_channels != out_channels:
+        shortcut = downsample_conv(in_channels, out_channels, 1, stride, norm_layer=norm_layer, **dd)
+    drop_path = DropPath(drop_path_rate) if drop_path_rate else None
+    return BasicBlock(
+        in_channels, out_channels, stride, shortcut, drop_path=drop_path, norm_layer=norm_layer, **kwargs, **dd
+    )
 
 
 def _create(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Module:
