@@ -1,0 +1,18 @@
+"""Images and labels for training and evaluation: sources, batches in memory or from workers, exact sharding."""
+
+from .loaders import Batch, ImageSpec, Loader, eval_loader, train_loader
+from .memory import Augment
+from .sources import ImageSource, UnreadableImageError, holdout, open_source
+
+__all__ = [
+    "Augment",
+    "Batch",
+    "ImageSource",
+    "ImageSpec",
+    "Loader",
+    "UnreadableImageError",
+    "eval_loader",
+    "holdout",
+    "open_source",
+    "train_loader",
+]
