@@ -33,7 +33,7 @@ def replacing_folder(folder: Path | str) -> Iterator[Path]:
     When it fails, `folder` is as it was. A folder cannot be renamed over a full one, so the old one steps aside for an
     instant: should the process die in that very instant, the next call for this folder puts the old one back first.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     previous = _aside(folder, "previous")
     restore_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def replacing_folder(folder: Path | str) -> Iterator[Path]:
 
 def restore_folder(folder: Path | str) -> None:
     """Put `folder` back if a process died while :func:`replacing_folder` was changing it for a new one."""
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     previous = _aside(folder, "previous")
     if not previous.exists():
         return

@@ -109,11 +109,11 @@ def evaluate(
     if distributed:
         distribute_bn(model, dist.get_world_size())
     evaluator = CalibrationEvaluator(device)
-    show = progress and not (distributed and dist.get_rank() > 0)
+    hide_bar = None if progress and not (distributed and dist.get_rank() > 0) else True  # None: where no one watches
     start = time.perf_counter()
     autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     with eval_mode(model), torch.inference_mode(), autocast:
-        for images, targets, *_ in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not show):
+        for images, targets, *_ in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hide_bar):
             images = images.to(device, non_blocking=True, memory_format=memory_format)
             evaluator.update(model(images), targets.to(device, non_blocking=True))
 

@@ -1,0 +1,305 @@
+"""Model cards made from what a run recorded: its recipe, its metrics and those of its plain twin.
+
+Every figure and every claim in a card comes from those records; a card claims nothing that they do not show.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult, ModelCardData
+
+LICENSE = "apache-2.0"
+CITATION = """\
+@inproceedings{li2022tffd,
+  title     = {Self-Regulated Feature Learning via Teacher-free Feature Distillation},
+  author    = {Li, Lujun},
+  booktitle = {European Conference on Computer Vision (ECCV)},
+  year      = {2022},
+  doi       = {10.1007/978-3-031-19809-0_20}
+}"""
+
+
+class Dataset(NamedTuple):
+    """A data set that tags name."""
+
+    name: str
+    hub_id: str | None
+    """Its id on the Hub; None for one that lies elsewhere."""
+
+
+DATASETS = {
+    "c100": Dataset("CIFAR-100", "uoft-cs/cifar100"),
+    "in1k": Dataset("ImageNet-1k", "ILSVRC/imagenet-1k"),
+    "digits": Dataset("scikit-learn's handwritten digits", None),
+}
+"""Data sets by the last part of a tag: `c100` of `ce_c100`."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The same run without Tf-FD, to compare with."""
+
+    name: str
+    recipe: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CardInfo:
+    """What a release card is made from."""
+
+    architecture: str
+    tag: str
+    config: Mapping[str, Any]
+    """timm's `config.json`."""
+    recipe: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    environment: Mapping[str, Any] | None = None
+    """Versions and hardware of the run."""
+    has_curves: bool = False
+    """`curves.png` lies beside the card."""
+    twin: Twin | None = None
+    repo: str | None = None
+    """`org/name` on the Hub, with `@revision` if it is pinned; None before it is published."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.architecture}.{self.tag}"
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data set, by the tag; what the recipe calls it where the tag is no known one."""
+        source = str(self.recipe.get("data", {}).get("source", "its data set"))
+        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
+        return DATASETS.get(self.tag.split("_")[-1], Dataset(source, source if on_hub else None))
+
+
+def render_card(info: CardInfo) -> str:
+    """Return the card of one release: front matter that the Hub accepts, then Markdown."""
+    sections = [
+        f"---\n{_front_matter(info)}\n---\n\n# {info.name}",
+        _summary(info),
+        "## Load it\n\n" + _loading(info),
+        "## Results\n\n" + _results(info),
+        *(["## Curves\n\n![Loss and accuracy over the epochs](curves.png)"] if info.has_curves else []),
+        "## How it was trained\n\n" + _training(info),
+        "## How it was evaluated\n\n" + _evaluation(info),
+        "## What was not shown\n\n" + _limits(info),
+        "## Licence and citation\n\n" + _licence(info),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table that is aligned as plain text too: words to the left, figures to the right."""
+    cells = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    numeric = [all(re.match(r"[-+]?[\d.]", row[column]) for row in rows) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
+    return "\n".join([line(cells[0]), "| " + " | ".join(rule) + " |", *(line(row) for row in cells[1:])])
+
+
+def _front_matter(info: CardInfo) -> str:
+    dataset, metrics = info.dataset, info.metrics
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=dataset.hub_id or dataset.name,
+            dataset_name=dataset.name,
+            dataset_split=metrics["evaluation"].get("split"),
+            dataset_revision=metrics["evaluation"].get("revision"),
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=round(metrics[key], 4),
+        )
+        for key, name in (("top1", "top-1 accuracy (%)"), ("top5", "top-5 accuracy (%)"))
+    ]
+    data = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license=LICENSE,
+        datasets=[dataset.hub_id] if dataset.hub_id else None,
+        metrics=["accuracy"],
+        tags=[
+            "image-classification",
+            "timm",
+            *(["tf-fd", "knowledge-distillation"] if info.recipe.get("tffd") else []),
+        ],
+        model_name=info.name,
+        eval_results=results,
+    )
+    return data.to_yaml()
+
+
+def _summary(info: CardInfo) -> str:
+    metrics = info.metrics
+    height, width = info.config["pretrained_cfg"]["input_size"][-2:]
+    return (
+        f"`{info.architecture}` ({metrics['params'] / 1e6:.2f} M parameters, {metrics['macs'] / 1e6:,.1f} M "
+        f"multiply-adds at {height} x {width} pixels), trained on {info.dataset.name} {_method(info.recipe)}. "
+        f"Top-1 {metrics['top1']:.2f} %: {metrics['correct1']:,} of {metrics['images']:,} images."
+    )
+
+
+def _method(recipe: Mapping[str, Any]) -> str:
+    tffd = recipe.get("tffd")
+    if not tffd:
+        return "with plain cross-entropy, as the twin that Tf-FD is compared with"
+    return (
+        "with teacher-free feature distillation (Tf-FD): salient channels teach redundant ones and deep stages shallow "
+        f"ones (lambda_intra {tffd['lambda_intra']:g}, lambda_inter {tffd['lambda_inter']:g}), with no second network"
+    )
+
+
+def _loading(info: CardInfo) -> str:
+    source = f"hf-hub:{info.repo}" if info.repo else "local-dir:FOLDER"
+    plain_timm = info.config["architecture"] != info.architecture
+    lines = [
+        "import timm",
+        *([] if plain_timm else ["import tffd_zoo  # registers the architecture with timm"]),
+        "from PIL import Image",
+        "",
+        f'model = timm.create_model("{source}", pretrained=True).eval()',
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        'logits = model(transform(Image.open("image.png").convert("RGB"))[None])',
+        'print(model.pretrained_cfg["label_names"][logits.argmax().item()])',
+    ]
+    note = f"This is timm's own `{info.config['architecture']}`; nothing but timm is needed.\n\n" if plain_timm else ""
+    return note + "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _results(info: CardInfo) -> str:
+    header = ["weights", "top-1 %", "top-5 %", "NLL", "ECE %", "epochs", "seed"]
+    rows = [_result_row(info.name, info.recipe, info.metrics)]
+    if info.twin is None:
+        if not info.recipe.get("tffd"):
+            return markdown_table(header, rows)
+        return (
+            markdown_table(header, rows) + "\n\nThere is no plain twin of this run (same recipe without Tf-FD), "
+            "so no gain by Tf-FD is claimed."
+        )
+    rows.append(_result_row(info.twin.name, info.twin.recipe, info.twin.metrics))
+    difference = info.metrics["top1"] - info.twin.metrics["top1"]
+    changed = _unequal_settings(info.recipe, info.twin.recipe)
+    verdict = (
+        f"These weights are {abs(difference):.2f} points of top-1 {'above' if difference >= 0 else 'below'} "
+        f"`{info.twin.name}`. That is one run against one run: how much the seed alone moves the figure was not "
+        "measured here, so the difference says nothing about significance."
+    )
+    if changed:
+        verdict += f" The two runs also differ in {', '.join(changed)}, so it is not the effect of one change."
+    return markdown_table(header, rows) + "\n\n" + verdict
+
+
+def _result_row(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    return [
+        f"`{name}`",
+        f"{metrics['top1']:.2f}",
+        f"{metrics['top5']:.2f}",
+        f"{metrics['nll']:.4f}",
+        f"{metrics['ece']:.2f}",
+        str(recipe["optim"]["epochs"]),
+        str(recipe["run"]["seed"]),
+    ]
+
+
+def _unequal_settings(recipe: Mapping[str, Any], twin: Mapping[str, Any]) -> list[str]:
+    """Name the settings of data, optimisation and seed in which two runs differ."""
+    operational = {"source", "workers", "in_memory"}
+    changed = [
+        key
+        for section in ("data", "optim")
+        for key in sorted({*recipe[section], *twin[section]} - operational)
+        if recipe[section].get(key) != twin[section].get(key)
+    ]
+    return changed + (["seed"] if recipe["run"]["seed"] != twin["run"]["seed"] else [])
+
+
+def _training(info: CardInfo) -> str:
+    optim, data, run = info.recipe["optim"], info.recipe["data"], info.recipe["run"]
+    environment = info.environment or {}
+    batch = f"batch {optim['batch_size']}"
+    if environment.get("processes", 1) > 1:
+        batch += f" on each of {environment['processes']} processes"
+    if optim["accumulate"] > 1:
+        batch += f", {optim['accumulate']} batches per step"
+    schedule = optim["sched"]
+    if schedule == "multistep":
+        milestones = ", ".join(f"{share * optim['epochs']:g}" for share in optim["milestones"])
+        schedule += f", x{optim['decay_rate']:g} at epochs {milestones}"
+    lines = [
+        f"recipe `{info.recipe['name']}`: {optim['epochs']} epochs, {batch}",
+        f"optimizer {optim['opt']}, learning rate {optim['lr']:g} ({schedule}), "
+        f"weight decay {optim['weight_decay']:g}, label smoothing {optim['label_smoothing']:g}",
+        f"augmentation {data['augment']}; split `{data['train_split']}` of {info.dataset.name}",
+        f"seed {run['seed']}, one run; precision {run['precision'] if run['precision'] != 'no' else 'float32'}",
+    ]
+    if environment.get("hardware"):
+        lines.append(f"hardware: {environment['hardware']}")
+    if environment.get("packages"):
+        lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in environment["packages"].items()))
+    return _bullets(lines) + "\n\n`recipe.json` holds every setting."
+
+
+def _evaluation(info: CardInfo) -> str:
+    evaluation, metrics = info.metrics["evaluation"], info.metrics
+    preprocessing = info.config["pretrained_cfg"]
+    height, width = preprocessing["input_size"][-2:]
+    lines = [
+        f"split `{evaluation['split']}` of {info.dataset.name}, {metrics['images']:,} images, each once",
+        f"{height} x {width} pixels, {preprocessing['interpolation']} resizing, crop {preprocessing['crop_pct']:g} "
+        f"({preprocessing['crop_mode']})",
+        "NLL in nats; ECE in 15 equal-width bins of confidence",
+    ]
+    if metrics.get("weights") == "last":
+        lines.append(f"weights of the last epoch ({metrics['epoch']})")
+    elif metrics.get("weights") == "best":
+        lines.append(
+            f"weights of the best epoch ({metrics['epoch']}), chosen by top-1 on `{info.recipe['data']['eval_split']}`"
+        )
+    source = f"hf-hub:{info.repo}" if info.repo else "local-dir:FOLDER"
+    command = (
+        f"python -m tffd_zoo.eval {source} --data {info.dataset.hub_id or info.recipe['data']['source']} "
+        f"--split {evaluation['split']}"
+    )
+    return _bullets(lines) + f"\n\nRepeat it: `{command}`"
+
+
+def _limits(info: CardInfo) -> str:
+    data, metrics = info.recipe["data"], info.metrics
+    lines = ["One run with one seed: no mean, no spread, no significance."]
+    if (
+        metrics.get("weights") == "best"
+        and data["eval_split"] == metrics["evaluation"]["split"]
+        and not data["holdout"]
+    ):
+        lines.append("The best epoch was chosen on the very images that the figures are from, which flatters them.")
+    lines += [
+        f"Nothing outside {info.dataset.name}: no other images, no shift, no corruption, no transfer to other tasks.",
+        "No check of how errors fall on groups of people or kinds of images.",
+    ]
+    return _bullets(lines)
+
+
+def _licence(info: CardInfo) -> str:
+    return (
+        f"The weights are released under {LICENSE}; {info.dataset.name} has terms of its own. The method is Li's:\n\n"
+        f"```bibtex\n{CITATION}\n```"
+    )
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,300 @@
+"""From a trained model to a folder that any timm program can load: written whole or not at all, checked by hash.
+
+An export holds `model.safetensors`, timm's `config.json`, `recipe.json`, `metrics.json`, `README.md` (the card),
+`environment.json` and `curves.png` when given, and `SHA256SUMS` over them all. It never holds a pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from timm.utils.model import unwrap_model
+from torch import Tensor, nn
+
+from tffd_zoo._version import __version__
+from tffd_zoo.atomic import replacing_folder, restore_folder
+from tffd_zoo.cards import LICENSE, CardInfo, Twin, render_card
+from tffd_zoo.evaluation import EvalResult
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+RECIPE = "recipe.json"
+METRICS = "metrics.json"
+ENVIRONMENT = "environment.json"
+CARD = "README.md"
+CURVES = "curves.png"
+SUMS = "SHA256SUMS"
+REQUIRED_FILES = (WEIGHTS, CONFIG, RECIPE, METRICS, CARD)
+METRIC_KEYS = {field.name for field in dataclasses.fields(EvalResult)} | {"params", "macs", "evaluation"}
+
+TIMM_ARCHITECTURES = {f"tffd_resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50)}
+NOT_TIMMS_WEIGHTS = dict.fromkeys(("origin_url", "paper_name", "paper_ids", "description", "notes"))
+"""What an architecture's config says of the weights that timm has for it, and not of ours."""
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """What a verified export holds."""
+
+    folder: Path
+    architecture: str
+    """The name in this zoo, `tffd_resnet18`; `config["architecture"]` is the one that timm builds, `resnet18`."""
+    tag: str
+    """`c100` (Tf-FD), `ce_c100` (plain) and so on."""
+    config: dict[str, Any]
+    """timm's `config.json`: architecture, classes with their names, preprocessing, constructor arguments."""
+    recipe: dict[str, Any]
+    metrics: dict[str, Any]
+    """Figures of these weights, with their evaluation settings."""
+    sha256: dict[str, str]
+    """Hash of every file, by name."""
+
+    @property
+    def name(self) -> str:
+        """Architecture and tag as timm joins them: `tffd_resnet20.c100`."""
+        return f"{self.architecture}.{self.tag}"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS
+
+
+def export(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    architecture: str,
+    tag: str,
+    recipe: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    label_names: Sequence[str],
+    data_config: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
+    curves: Path | str | None = None,
+    twin: Twin | None = None,
+) -> ExportInfo:
+    """Write `model` to `folder` as timm loads it: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    The folder is written aside, loaded again, compared with `model` tensor by tensor, and only then takes the place of
+    an export that was there before; on any failure, a full disk included, that one stays as it was.
+
+    Args:
+        model: made by `timm.create_model`, which records the constructor arguments that `config.json` repeats;
+            wrappers of DDP and `torch.compile` are taken off.
+        folder: where to; absent, empty, or an earlier export.
+        architecture: registered name. Where it stands for an architecture of timm's own (`tffd_resnet18`),
+            `config.json` names timm's, so that loading needs no import of this package.
+        tag: what was trained, `c100` for Tf-FD on CIFAR-100.
+        recipe: the resolved recipe of the run, as `Recipe.to_dict` gives it. Here and in `metrics` and `environment`,
+            local paths are cut down to their last part: an export is made to be published.
+        metrics: figures of these weights, ready for JSON: the fields of `EvalResult`, `params`, `macs`, and
+            `evaluation` with the settings that they were measured at (`data`, `split`, ...); `weights` (`last` or
+            `best`) and `epoch` where known.
+        label_names: one per class, in the order of the logits.
+        data_config: preprocessing for evaluation in timm's words (input_size, mean, std, interpolation, crop_pct,
+            crop_mode); what is absent comes from the model's own config.
+        environment: versions and hardware of the run.
+        curves: picture of the run, PNG.
+        twin: the plain run that the card compares with.
+
+    Raises:
+        ValueError: the names do not fit the classes, a figure is missing, a weight is not finite, or `folder` holds
+            something else.
+    """
+    folder = Path(folder)
+    model = unwrap_model(model)
+    _check_replaceable(folder)
+    if len(label_names) != model.num_classes:
+        raise ValueError(
+            f"{len(label_names)} label names for a model of {model.num_classes} classes; give one for each"
+        )
+    missing = METRIC_KEYS - metrics.keys()
+    if missing:
+        raise ValueError(f"metrics lack {', '.join(sorted(missing))}; evaluate the model and give all of them")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"weight {name!r} is not finite, so there is nothing worth exporting; use earlier weights")
+
+    recipe, metrics, environment = (_without_local_paths(value) for value in (recipe, metrics, environment))
+    recipe_json = _to_json(recipe)
+    provenance = {
+        "architecture": architecture,
+        "tag": tag,
+        "recipe_sha256": hashlib.sha256(recipe_json.encode()).hexdigest(),
+        "tffd_zoo_version": __version__,
+    }
+    with replacing_folder(folder) as aside:
+        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt", **provenance})
+        save_config_for_hf(
+            model,
+            str(aside / CONFIG),
+            model_config={
+                "label_names": list(label_names),
+                "tffd_zoo": provenance,
+                "pretrained_cfg": {
+                    **NOT_TIMMS_WEIGHTS,
+                    "architecture": TIMM_ARCHITECTURES.get(architecture, architecture),
+                    "tag": tag,
+                    "license": LICENSE,
+                },
+            },
+            data_config=dict(data_config) if data_config else None,
+        )
+        (aside / RECIPE).write_text(recipe_json)
+        (aside / METRICS).write_text(_to_json(metrics))
+        if environment is not None:
+            (aside / ENVIRONMENT).write_text(_to_json(environment))
+        if curves is not None:
+            shutil.copyfile(curves, aside / CURVES)
+        _write_card(aside, twin=twin)
+        _check_reload(aside, tensors)
+    return verify_export(folder)
+
+
+def verify_export(folder: Path | str) -> ExportInfo:
+    """Check every file of an export against `SHA256SUMS` and return what it holds, no tensor used.
+
+    Raises:
+        FileNotFoundError: `folder` is no export, or a file is missing.
+        ValueError: a file was changed or added, the weights are no safetensors file, or they belong to another model.
+    """
+    folder = Path(folder)
+    restore_folder(folder)
+    if not (folder / SUMS).is_file():
+        raise FileNotFoundError(
+            f"{folder} is not an export: it has no {SUMS}; write one with python -m tffd_zoo.export"
+        )
+    sha256 = read_sums(folder)
+    for name in sorted({*sha256, *REQUIRED_FILES}):
+        if name not in sha256:
+            raise ValueError(f"{folder}: {SUMS} does not list {name}, so it cannot be trusted; export again")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: {name} is missing; export or download it again")
+        if file_sha256(folder / name) != sha256[name]:
+            raise ValueError(f"{folder}: {name} is not the file that was exported (its sha256 differs); export again")
+    strangers = {path.name for path in folder.iterdir()} - {*sha256, SUMS}
+    if strangers:
+        raise ValueError(f"{folder} holds {', '.join(sorted(strangers))}, no part of the export; move it elsewhere")
+
+    config = _read_json(folder / CONFIG)
+    provenance = config.get("tffd_zoo", {})
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as weights:
+            metadata = weights.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: {WEIGHTS} is not a safetensors file ({error}); export again") from None
+    for key in ("architecture", "tag"):
+        if metadata.get(key) != provenance.get(key) or key not in metadata:
+            raise ValueError(
+                f"{folder}: {WEIGHTS} says {key} {metadata.get(key)!r} and {CONFIG} {provenance.get(key)!r}; "
+                "they come from different exports, export again"
+            )
+    return ExportInfo(
+        folder=folder,
+        architecture=metadata["architecture"],
+        tag=metadata["tag"],
+        config=config,
+        recipe=_read_json(folder / RECIPE),
+        metrics=_read_json(folder / METRICS),
+        sha256=sha256,
+    )
+
+
+def rewrite_card(folder: Path | str, *, twin: Twin | None = None, repo: str | None = None) -> ExportInfo:
+    """Write the card of an export anew, now that its plain twin or its place on the Hub is known."""
+    verify_export(folder)
+    with replacing_folder(folder) as aside:
+        shutil.copytree(folder, aside, dirs_exist_ok=True)
+        _write_card(aside, twin=twin, repo=repo)
+    return verify_export(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex()
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Read `SHA256SUMS`, as `sha256sum` writes it, into hashes by file name."""
+    lines = (folder / SUMS).read_text().splitlines()
+    return {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+
+
+def write_sums(folder: Path) -> None:
+    """Write `SHA256SUMS` over all other files of `folder`; `sha256sum -c SHA256SUMS` checks it too."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    (folder / SUMS).write_text("".join(f"{file_sha256(folder / name)}  {name}\n" for name in names))
+
+
+def _write_card(folder: Path, *, twin: Twin | None = None, repo: str | None = None) -> None:
+    """Write the card from the records in `folder`, and the sums that cover it."""
+    config = _read_json(folder / CONFIG)
+    card = render_card(
+        CardInfo(
+            architecture=config["tffd_zoo"]["architecture"],
+            tag=config["tffd_zoo"]["tag"],
+            config=config,
+            recipe=_read_json(folder / RECIPE),
+            metrics=_read_json(folder / METRICS),
+            environment=_read_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).exists() else None,
+            has_curves=(folder / CURVES).exists(),
+            twin=twin,
+            repo=repo,
+        )
+    )
+    (folder / CARD).write_text(card)
+    write_sums(folder)
+
+
+def _without_local_paths(value: Any) -> Any:
+    """Cut every path of this machine in `value` down to its last part."""
+    if isinstance(value, Mapping):
+        return {key: _without_local_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_local_paths(item) for item in value]
+    if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
+        return Path(value).name
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _to_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse a place that holds anything but an earlier export: replacing it would lose what is there."""
+    if folder.is_dir() and ((folder / SUMS).is_file() or not any(folder.iterdir())):
+        return
+    if folder.exists():
+        raise ValueError(f"{folder} exists and is no export; name another folder or move it away")
+
+
+def _check_reload(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Load `folder` through timm and compare it with what went in, bit by bit."""
+    with torch.random.fork_rng(devices=[]):  # a run may export on its way; building a model draws random numbers
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    if loaded.keys() != tensors.keys() or not all(torch.equal(loaded[name], tensors[name]) for name in tensors):
+        raise ValueError(
+            "timm does not rebuild this model from its config; make it with timm.create_model, and give what was "
+            "changed afterwards as arguments there"
+        )
