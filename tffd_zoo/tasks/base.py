@@ -112,7 +112,7 @@ class DistillationTask(TrainingTask):
     Args:
         model: any timm model.
         objectives: where the named losses come from; none gives plain training.
-        stages: stages whose features the objectives see.
+        stages: stages whose features the objectives see; needed with objectives.
         criterion: the classification loss; cross-entropy when None.
         schedule: w as a function of the epoch; constant 1 when None.
         batches_per_epoch: forward passes in an epoch on one process; needed with a schedule.
@@ -125,7 +125,7 @@ class DistillationTask(TrainingTask):
         model: nn.Module,
         objectives: Sequence[Objective] = (),
         *,
-        stages: Stages,
+        stages: Stages | None = None,
         criterion: nn.Module | None = None,
         schedule: LossWeight | None = None,
         batches_per_epoch: int | None = None,
@@ -140,12 +140,15 @@ class DistillationTask(TrainingTask):
                 "the loss-weight schedule runs in epochs: pass batches_per_epoch=len(train_loader), or switch it off "
                 "with warmup=0, decay='none'"
             )
+        if objectives and stages is None:
+            raise ValueError("objectives compare stage features: pass stages=find_stages(model)")
         weights = {name: weight for objective in objectives for name, weight in objective.weights.items()}
         assert len(weights) == sum(len(objective.weights) for objective in objectives), "two losses share a name"
         if any(weight.share for weight in weights.values()) and measure_every < 1:
             raise ValueError("a target gradient share has to be measured: set measure_every to 1 or more batches")
 
-        self.trainable_module: nn.Module = StagedModel(model, stages, taps)
+        # Plain training asks nothing of a model but logits.
+        self.trainable_module: nn.Module = model if stages is None else StagedModel(model, stages, taps)
         self.objectives = nn.ModuleList(objectives)
         self.criterion = criterion if criterion is not None else create_classification_loss()
         self.stages = stages
@@ -211,7 +214,10 @@ class DistillationTask(TrainingTask):
         return self._combine(terms), logits.detach(), _detached(terms)
 
     def _terms(self, images: Tensor, targets: Tensor, indices: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        logits, features = self.trainable_module(images)
+        if self.stages is None:
+            logits, features = self.trainable_module(images), []
+        else:
+            logits, features = self.trainable_module(images)
         terms = {"ce": self.criterion(logits, targets)}
         view = View(images, targets, logits, features, indices)
         for objective in self.objectives:

@@ -1,0 +1,200 @@
+"""A recipe is one complete run: model, data, method, optimisation and the run itself, in one frozen dataclass.
+
+The same dataclass is the command line (its fields are the flags, its docstrings the help) and the record that is saved
+beside the weights. A variant is another recipe with a few fields replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from .tasks import TfFDConfig
+
+# Fields that change where and how a run is kept, not what it computes: a resumed run may differ in them.
+OPERATIONAL = (
+    "run.output", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.max_steps",
+    "data.workers", "data.in_memory",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and how they are fed."""
+
+    source: Annotated[str, tyro.conf.arg(name="data")]
+    """A Hub data set id, a folder of parquet files, an image folder, or 'digits' (ships with scikit-learn)."""
+    train_split: str = "train"
+    """Split to train on."""
+    eval_split: str = "test"
+    """Split to evaluate on after every epoch."""
+    holdout: int = 0
+    """Hold so many training images out, evenly over the classes, and evaluate on them in place of the evaluation split:
+    for choosing settings."""
+    image_column: str | None = None
+    """Column of the images; found by its type when not given."""
+    label_column: str | None = None
+    """Column of the labels; found by its type when not given."""
+    revision: str | None = None
+    """Revision of a Hub data set."""
+    skip_unreadable: bool = False
+    """Leave unreadable images out instead of stopping at them."""
+    image_size: int | None = None
+    """Train and evaluate at this size; the model's own when not given."""
+    augment: Literal["pad_crop_flip", "rrc_flip", "none"] = "pad_crop_flip"
+    """Pad 4, crop and flip (small images); random resized crop and flip; or nothing."""
+    padding_mode: Literal["zeros", "reflect"] = "zeros"
+    """How pad_crop_flip pads."""
+    in_memory: bool | None = None
+    """Decode all images once into memory; chosen by size when not given."""
+    workers: int = 2
+    """Processes that decode images, when they are not in memory."""
+    drop_last: bool = False
+    """Leave out the smaller last batch of an epoch."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimisation."""
+
+    epochs: int
+    """Length of the run; the schedules scale with it."""
+    batch_size: int
+    """Images per step and process."""
+    lr: float
+    """Learning rate at the global batch size."""
+    weight_decay: float
+    """Weight decay."""
+    opt: str = "momentum"
+    """timm's name of the optimizer; 'momentum' is SGD with classic momentum, 'sgd' with Nesterov's."""
+    momentum: float = 0.9
+    """Momentum of the optimizers that have one."""
+    decay_norm_and_bias: bool = True
+    """Apply weight decay to BatchNorm parameters and biases too."""
+    sched: Literal["multistep", "cosine", "constant"] = "multistep"
+    """Learning-rate schedule."""
+    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
+    """Where 'multistep' decays, as shares of the run: 150, 180 and 210 of 240 epochs."""
+    decay_rate: float = 0.1
+    """Factor of 'multistep' at each milestone."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear learning-rate warm-up, inside the run."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one step."""
+    clip_grad: float | None = None
+    """Clip the norm of the gradient."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+    mixup: float = 0.0
+    """Mixup's alpha; 0 is off."""
+    cutmix: float = 0.0
+    """CutMix's alpha; 0 is off."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights, with this decay."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    output: Path | None = None
+    """Folder of the run; runs/<name>-<model>-s<seed> when not given. The same command resumes what it finds there."""
+    seed: int = 0
+    """Seed of the weights, the order of the images and their augmentation."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision."""
+    compile: bool = False
+    """Compile the training step."""
+    channels_last: bool | None = None
+    """Memory layout; the faster one for the architecture when not given."""
+    sync_bn: bool = False
+    """Synchronise BatchNorm statistics over the processes."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is one after every epoch too."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_every: int = 50
+    """Steps between lines of the metrics file."""
+    max_steps: int | None = None
+    """Stop after so many steps, the schedules unchanged."""
+    trackers: tuple[str, ...] = ()
+    """Accelerate trackers by name, such as tensorboard or wandb."""
+    weights: Literal["last", "best"] = "last"
+    """Weights to export: after the last epoch, or of the best evaluation."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One complete run."""
+
+    name: str
+    """Name of the recipe, for folders and records."""
+    tag: str
+    """Tag of the exported weights, as in tffd_resnet20.c100."""
+    model: str
+    """Any timm model."""
+    data: Annotated[DataConfig, tyro.conf.arg(name="")]
+    optim: Annotated[OptimConfig, tyro.conf.arg(name="")]
+    tffd: TfFDConfig | None = None
+    """Tf-FD; None trains plainly."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies."""
+        return self.run.output or Path("runs") / f"{self.name}-{self.model.replace('/', '_')}-s{self.run.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def vary(recipe: Recipe, name: str, **changes: Any) -> Recipe:
+    """`recipe` under another name with a few fields changed: `vary(base, "long", optim={"epochs": 480}, tffd=None)`.
+
+    A mapping changes fields of that section; any other value replaces it.
+    """
+    sections = {
+        section: dataclasses.replace(getattr(recipe, section), **change) if isinstance(change, Mapping) else change
+        for section, change in changes.items()
+    }
+    return dataclasses.replace(recipe, name=name, **sections)
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the fields that make two recipes (as dicts) different runs."""
+    found = []
+    for key in sorted({*mine, *theirs}):
+        name, a, b = f"{prefix}{key}", mine.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{name}.")
+        elif a != b and name not in OPERATIONAL:
+            found.append(f"{name}: {b} there, {a} here")
+    return found
+
+
+def recipe_from_cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | None = None) -> Recipe:
+    """`[PRESET] [--flag value ...]`: the named preset (the first when not given) with typed overrides.
+
+    Raises:
+        ValueError: for a preset that does not exist.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    preset = args.pop(0) if args and not args[0].startswith("-") else next(iter(presets))
+    if preset not in presets:
+        raise ValueError(f"unknown preset '{preset}'; choose one of {', '.join(presets)}")
+    names = "\n".join(f"  {name}" for name in presets)
+    return tyro.cli(
+        Recipe,
+        args=args,
+        default=presets[preset],
+        description=f"{description.strip()}\n\npresets (the first argument; these are the defaults of '{preset}'):\n{names}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )

@@ -1,0 +1,7 @@
+"""The training loop under the recipes, and what a run keeps on disk."""
+
+from .loop import train
+from .progress import NonFiniteLoss
+from .run_folder import RunFolder, read_metrics
+
+__all__ = ["NonFiniteLoss", "RunFolder", "read_metrics", "train"]

@@ -1,0 +1,369 @@
+"""The one training loop, under every recipe: from a resolved `Recipe` to a run folder with an export.
+
+In order: process and seed, data, model and task, optimisation, what is on disk, resume, epochs, export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from timm import create_model
+from timm.data import Mixup
+from timm.loss import create_classification_loss
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data import Batch, ImageSource, ImageSpec, Loader, eval_loader, holdout, open_source, train_loader
+from ..data.memory import AUGMENTS
+from ..evaluation import EvalResult, evaluate
+
+from ..recipe import DataConfig, OptimConfig, Recipe
+from ..tasks import DistillationTask, TfFDTask
+from .curves import draw_curves
+from .progress import Progress, StopSignal, TermSums
+from .run_folder import RunFolder
+
+_logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe) -> Path:
+    """Run `recipe`, or what is left of it, and return the folder of its export.
+
+    The same call resumes a run that was stopped, killed or cut off: it ends with the weights, to the bit, of a run that
+    never was (same machine, same number of processes). SIGTERM and Ctrl-C write a checkpoint and leave.
+
+    Raises:
+        ValueError: settings or data that cannot work, in one line that names the mend.
+        NonFiniteLoss: a loss became NaN or infinite; the checkpoints are from before that.
+    """
+    optim, run = recipe.optim, recipe.run
+
+    # --- process and seed ---------------------------------------------------------------------------------------------
+    accelerator = Accelerator(
+        mixed_precision=run.precision,
+        log_with=list(run.trackers) or None,
+        project_dir=str(recipe.folder),
+        # The task's buffers are equal on every process by construction; BatchNorm statistics are each process's own.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    set_seed(run.seed)
+
+    # --- data, model and task -----------------------------------------------------------------------------------------
+    train_source, eval_source = open_sources(recipe.data, run.seed)
+    model = create_model(recipe.model, num_classes=train_source.num_classes)
+    layout = memory_format(recipe, accelerator.device)
+    model.to(memory_format=layout)
+    spec = image_spec(recipe, model)
+    train_batches, eval_batches = make_loaders(recipe, spec, train_source, eval_source, layout, accelerator)
+    mixup = make_mixup(recipe, train_source, accelerator.num_processes)
+    task = make_task(recipe, model, spec, len(train_batches), soft_targets=mixup is not None)
+    if run.sync_bn and accelerator.num_processes > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    if run.compile:
+        task.compile()
+    ema = ModelEmaV3(model, decay=optim.ema_decay).to(accelerator.device) if optim.ema_decay else None
+
+    # --- optimisation -------------------------------------------------------------------------------------------------
+    steps_per_epoch = math.ceil(len(train_batches) / optim.accumulate)
+    total_steps = min(steps_per_epoch * optim.epochs, run.max_steps or steps_per_epoch * optim.epochs)
+    optimizer = create_optimizer_v2(
+        task,
+        opt=optim.opt,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        filter_bias_and_bn=not optim.decay_norm_and_bias,
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=optim.sched,
+        num_epochs=optim.epochs,
+        decay_milestones=[share * optim.epochs for share in optim.milestones],
+        decay_rate=optim.decay_rate,
+        warmup_epochs=optim.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    prepared, optimizer = accelerator.prepare(task, optimizer)
+
+    # --- what is on disk, and resume ----------------------------------------------------------------------------------
+    folder = RunFolder(recipe, accelerator)
+    folder.describe_data(train_source, eval_source, spec)
+    progress, sums = Progress(steps_per_epoch), TermSums(accelerator)
+    accelerator.register_for_checkpointing(progress, sums, *([ema] if ema is not None else []))
+    if run.trackers:
+        accelerator.init_trackers("tffd_zoo", config=_flat(recipe.to_dict()))
+    set_seed(run.seed + 1 + accelerator.process_index)  # dropout differs by process; the weights were drawn alike
+    checkpoint = folder.latest_checkpoint()
+    if checkpoint is not None:
+        folder.load_checkpoint(checkpoint)
+    folder.forget_after(progress.step)
+    scheduler.step_update(progress.step)
+    accelerator.print(
+        f"{recipe.model}, {recipe.name}: {train_batches.describe()}\n"
+        f"{optim.epochs} epochs of {steps_per_epoch} steps on {accelerator.num_processes} process(es), global batch "
+        f"{optim.batch_size * accelerator.num_processes * optim.accumulate}\n"
+        f"{'resuming at step ' + str(progress.step) + ' in' if checkpoint else 'writing to'} {folder.path}"
+    )
+
+    # --- epochs -------------------------------------------------------------------------------------------------------
+    bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
+    with bar, StopSignal(accelerator) as stop:
+        while progress.step < total_steps:
+            prepared.train()
+            timer = _Timer()
+            for group in _steps(train_batches, progress, optim):
+                # one step
+                for batch, share, last in group:
+                    images = batch.images.to(accelerator.device, non_blocking=True)
+                    targets = batch.targets.to(accelerator.device, non_blocking=True)
+                    timer.images += len(images) * accelerator.num_processes
+                    if mixup is not None:
+                        images, targets = mixup(images, targets)
+                    with nullcontext() if last else accelerator.no_sync(prepared):
+                        terms = prepared(images, targets, batch.indices)
+                        accelerator.backward(terms["loss"] * share)
+                    sums.add(terms, len(images), progress.step + 1)
+                if optim.clip_grad:
+                    accelerator.clip_grad_norm_(prepared.parameters(), optim.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad()
+                progress.step += 1
+                scheduler.step_update(progress.step)
+                if ema is not None:
+                    ema.update(model, step=progress.step)
+                bar.update()
+
+                # now and then
+                if progress.step % run.log_every == 0:
+                    losses = sums.report()
+                    lr = optimizer.param_groups[0]["lr"]
+                    folder.append({
+                        "kind": "train", "step": progress.step, "epoch": progress.fraction, "lr": lr, **losses,
+                        "images_per_second": timer.rate(),
+                    })  # fmt: skip
+                    accelerator.log({f"train/{name}": value for name, value in losses.items()}, step=progress.step)
+                    bar.set_postfix(epoch=f"{progress.fraction:.2f}", loss=f"{losses['loss']:.3f}", refresh=False)
+                if stop.requested(progress.step) or progress.step == total_steps:
+                    break
+                if progress.step % run.checkpoint_every == 0 and progress.step_in_epoch:
+                    sums.report()  # nothing is kept of a run whose losses are not finite
+                    folder.save_checkpoint(progress.step)
+            if progress.step < total_steps and progress.step_in_epoch:  # stopped inside an epoch
+                sums.report()
+                _leave(stop, folder, progress)
+
+            # the end of an epoch
+            losses = sums.report()
+            sums.reset()
+            line: dict[str, Any] = {"kind": "eval", "step": progress.step, "epoch": progress.fraction, "train": losses}
+            for prefix, weights in {"": model, **({"ema_": ema.module} if ema is not None else {})}.items():
+                result = _evaluate(weights, eval_batches, accelerator, layout)
+                line |= {f"{prefix}{name}": value for name, value in dataclasses.asdict(result).items()}
+                folder.save_weights(weights, "last", ema=bool(prefix))
+                if result.top1 > progress.best.get(prefix, -1.0):
+                    progress.best[prefix] = result.top1
+                    folder.save_weights(weights, "best", ema=bool(prefix))
+            folder.append(line)
+            folder.save_checkpoint(progress.step)
+            accelerator.log({f"eval/{name}": line[name] for name in ("top1", "top5", "nll", "ece")}, step=progress.step)
+            bar.write(
+                f"epoch {progress.fraction:g}: train loss {losses['loss']:.3f}, top-1 {line['top1']:.2f} "
+                f"(best {progress.best['']:.2f}), top-5 {line['top5']:.2f}, NLL {line['nll']:.3f}"
+            ) if accelerator.is_main_process else None
+            if stop.signal is not None and progress.step < total_steps:
+                _leave(stop, folder, progress)
+    accelerator.end_training()
+
+    # --- export -------------------------------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        draw_curves([folder.path], folder.path / "curves.png")
+        from ..export import export_run
+
+        export_run(folder.path, weights=run.weights)
+        accelerator.print(f"exported to {folder.path / 'export'}")
+    accelerator.wait_for_everyone()
+    return folder.path / "export"
+
+
+# --- parts of a run, from their settings ------------------------------------------------------------------------------
+
+
+def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
+    """The images to train on and those to evaluate on.
+
+    Raises:
+        ValueError: the two don't have the same classes.
+    """
+
+    def source(split: str) -> ImageSource:
+        return open_source(
+            config.source,
+            split,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            revision=config.revision,
+            skip_unreadable=config.skip_unreadable,
+        )
+
+    train_source = source(config.train_split)
+    if config.holdout:
+        # One split for all seeds of a study: what is compared is judged on the same images.
+        return holdout(train_source, config.holdout)
+    eval_source = source(config.eval_split)
+    if train_source.label_names != eval_source.label_names:
+        raise ValueError(
+            f"the classes of split '{config.train_split}' ({train_source.num_classes}) and split "
+            f"'{config.eval_split}' ({eval_source.num_classes}) differ; choose splits of one data set"
+        )
+    return train_source, eval_source
+
+
+def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
+    """The layout that the recipe asks for, or the faster one.
+
+    On CPU the narrow CIFAR networks are faster in channels_last and timm's wider ones in NCHW (recipes/benchmark.py); on
+    GPU channels_last pays with mixed precision.
+    """
+    channels_last = recipe.run.channels_last
+    if channels_last is None:
+        small = recipe.model.startswith(("tffd_resnet20", "tffd_resnet32", "tffd_resnet44", "tffd_resnet56"))
+        channels_last = recipe.run.precision != "no" if device.type == "cuda" else small
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def image_spec(recipe: Recipe, model: nn.Module) -> ImageSpec:
+    """Preprocessing: the model's own, at the recipe's image size when it names one."""
+    size = recipe.data.image_size
+    return ImageSpec.from_model(model, **({"input_size": (3, size, size)} if size else {}))
+
+
+class Loaders(NamedTuple):
+    """Batches of this process."""
+
+    train: Loader
+    eval: Loader
+
+
+def make_loaders(
+    recipe: Recipe,
+    spec: ImageSpec,
+    train_source: ImageSource,
+    eval_source: ImageSource,
+    layout: torch.memory_format,
+    accelerator: Accelerator,
+) -> Loaders:
+    """Training and evaluation batches for this process."""
+    data, batch_size = recipe.data, recipe.optim.batch_size
+    shared: dict[str, Any] = {
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "workers": data.workers,
+        "in_memory": data.in_memory,
+        "memory_format": layout,
+    }
+    augment = dataclasses.replace(AUGMENTS[data.augment], padding_mode=data.padding_mode)
+    train_batches = train_loader(
+        train_source, spec, batch_size, recipe.run.seed, augment=augment, drop_last=data.drop_last, **shared
+    )
+    return Loaders(train_batches, eval_loader(eval_source, spec, max(batch_size, 250), **shared))
+
+
+def make_mixup(recipe: Recipe, source: ImageSource, processes: int) -> Mixup | None:
+    """timm's mixup and CutMix; with both, each batch draws one of them."""
+    optim = recipe.optim
+    if not (optim.mixup or optim.cutmix):
+        return None
+    last = 0 if recipe.data.drop_last else len(source) % (optim.batch_size * processes)
+    if optim.batch_size % 2 or last % (2 * processes):
+        raise ValueError("mixup and CutMix pair the images of a batch: use an even --batch-size and --drop-last")
+    return Mixup(optim.mixup, optim.cutmix, label_smoothing=optim.label_smoothing, num_classes=source.num_classes)
+
+
+def make_task(
+    recipe: Recipe, model: nn.Module, spec: ImageSpec, batches_per_epoch: int, soft_targets: bool = False
+) -> DistillationTask:
+    """The training task of a recipe."""
+    # With soft targets mixup has already smoothed them.
+    smoothing = 0.0 if soft_targets else recipe.optim.label_smoothing
+    criterion = create_classification_loss(smoothing=smoothing, soft_targets=soft_targets)
+    if recipe.tffd is None:
+        return DistillationTask(model, criterion=criterion)
+    return TfFDTask(
+        model,
+        recipe.tffd,
+        epochs=recipe.optim.epochs,
+        batches_per_epoch=batches_per_epoch,
+        criterion=criterion,
+        input_size=spec.input_size,
+    )
+
+
+# --- small parts of the loop ------------------------------------------------------------------------------------------
+
+
+class _Timer:
+    """Images per second since the last reading."""
+
+    def __init__(self) -> None:
+        self.images, self.started = 0, time.perf_counter()
+
+    def rate(self) -> float:
+        rate = self.images / (time.perf_counter() - self.started)
+        self.__init__()
+        return round(rate, 1)
+
+
+def _steps(batches: Loader, progress: Progress, optim: OptimConfig) -> Iterator[list[tuple[Batch, float, bool]]]:
+    """The batches of each remaining step of the epoch, each with its share of the step's mean loss."""
+    start = progress.step_in_epoch * optim.accumulate
+    group: list[Batch] = []
+    for position, batch in enumerate(batches.epoch(progress.epoch, start_batch=start), start=start + 1):
+        group.append(batch)
+        if len(group) == optim.accumulate or position == len(batches):
+            # batch.weight makes an uneven last batch count by its images over the processes; len(images) over the group.
+            images = sum(len(b.targets) / b.weight for b in group)
+            yield [(b, len(b.targets) / images, i == len(group) - 1) for i, b in enumerate(group)]
+            group = []
+
+
+def _evaluate(model: nn.Module, batches: Loader, accelerator: Accelerator, layout: torch.memory_format) -> EvalResult:
+    return evaluate(
+        model,
+        batches,
+        device=accelerator.device,
+        distributed=accelerator.num_processes > 1,
+        memory_format=layout,
+        amp_dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision),
+    )
+
+
+def _leave(stop: StopSignal, folder: RunFolder, progress: Progress) -> None:
+    """Write a checkpoint and exit the way the signal would have."""
+    folder.save_checkpoint(progress.step)
+    stop.accelerator.print(f"\nstopped at step {progress.step} with a checkpoint; the same command resumes")
+    raise SystemExit(128 + (stop.signal or 0))
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of plain values, as trackers want them."""
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            flat |= _flat(entry, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = entry if isinstance(entry, int | float | str | bool) else str(entry)
+    return flat

@@ -1,0 +1,144 @@
+"""Where a run stands: step and best result, sums of the losses, and the wish to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class NonFiniteLoss(ValueError):
+    """A loss became NaN or infinite."""
+
+
+class Progress:
+    """Steps done, the epoch they make, and the best top-1 by kind of weights; part of every checkpoint."""
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.step = 0
+        self.best: dict[str, float] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def step_in_epoch(self) -> int:
+        return self.step % self.steps_per_epoch
+
+    @property
+    def fraction(self) -> float:
+        """Epochs done, fractional."""
+        return self.step / self.steps_per_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.best = state["step"], state["best"]
+
+
+class TermSums:
+    """Means of the losses over the images since the last reset, summed on the device: no step waits for them.
+
+    The step at which a loss first was not finite is remembered on the device too, and told at the next report.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.images: dict[str, int] = {}
+        self.first_bad: dict[str, Tensor] = {}
+
+    def add(self, terms: Mapping[str, Tensor], images: int, step: int) -> None:
+        """Add the terms of a batch: every 0-dim one."""
+        for name, term in terms.items():
+            if term.ndim:
+                continue
+            value = term.detach().double() if term.device.type != "mps" else term.detach()
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(value)
+                self.first_bad[name] = torch.full((), -1, dtype=torch.int64, device=term.device)
+                self.images[name] = 0
+            self.sums[name] += value * images
+            self.images[name] += images
+            bad = torch.isfinite(value).logical_not_().logical_and_(self.first_bad[name] < 0)
+            self.first_bad[name].masked_fill_(bad, step)
+
+    def report(self) -> dict[str, float]:
+        """Mean of every term over the images of all processes.
+
+        Raises:
+            NonFiniteLoss: a term was NaN or infinite; names it and the first such step.
+        """
+        names = list(self.sums)
+        if not names:
+            return {}
+        totals = torch.stack([*self.sums.values()])
+        counts = torch.tensor([float(self.images[name]) for name in names], dtype=totals.dtype, device=totals.device)
+        means = self.accelerator.reduce(totals) / self.accelerator.reduce(counts)
+        bad_steps = self.accelerator.gather(torch.stack([*self.first_bad.values()])[None]).amax(dim=0)
+        values, steps = means.tolist(), bad_steps.tolist()
+        broken = [(step, name) for name, step in zip(names, steps, strict=True) if step >= 0]
+        if broken:
+            step = min(step for step, _ in broken)
+            terms = ", ".join(f"'{name}'" for at, name in broken if at == step)
+            raise NonFiniteLoss(
+                f"loss {terms} was not finite at step {step}; the checkpoints are from before that: lower --lr or the "
+                "weight of that loss, and pass --output with a new folder"
+            )
+        return dict(zip(names, values, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "images": self.images, "first_bad": self.first_bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.images, self.first_bad = state["sums"], state["images"], state["first_bad"]
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a wish to stop that all processes agree on; a second Ctrl-C interrupts at once."""
+
+    AGREE_EVERY = 10  # steps between the processes' votes: a collective per step would cost more than it is worth
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def requested(self, step: int) -> bool:
+        """Whether any process was told to stop; the same answer on every process."""
+        if self.accelerator.num_processes == 1:
+            return self.signal is not None
+        if step % self.AGREE_EVERY:
+            return False
+        vote = torch.tensor(self.signal or 0, device=self.accelerator.device)
+        agreed = int(self.accelerator.gather(vote[None]).amax())
+        self.signal = agreed or None
+        return agreed > 0

@@ -1,0 +1,195 @@
+"""What a run keeps on disk: its recipe and environment, a metrics file, checkpoints, weights and the curves.
+
+    recipe.json  environment.json  data.json  metrics.jsonl  curves.png
+    checkpoints/step-00000123/     everything that resumes the run
+    weights/last.safetensors  best.safetensors  last_ema.safetensors  best_ema.safetensors
+    export/                        what timm loads
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
+from torch import nn
+
+from ..atomic import replacing_file, replacing_folder
+from ..data import ImageSource, ImageSpec
+from ..recipe import Recipe, differences
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        recipe: what runs there; must be the one that the folder already holds, if any.
+        accelerator: tells which process writes.
+
+    Raises:
+        ValueError: the folder holds a run of another recipe.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+        self.path = recipe.folder
+        self.recipe = recipe
+        self.accelerator = accelerator
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics_file = self.path / "metrics.jsonl"
+        found = self.path / "recipe.json"
+        if found.exists():
+            changed = differences(recipe.to_dict(), read_json(found))
+            if changed:
+                raise ValueError(
+                    f"{self.path} holds a run of another recipe ({'; '.join(changed)}); "
+                    "pass --output with another folder, or the same settings to resume it"
+                )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "recipe.json", recipe.to_dict())
+            write_json(self.path / "environment.json", environment(accelerator))
+        accelerator.wait_for_everyone()
+
+    def describe_data(self, train: ImageSource, evaluation: ImageSource, spec: ImageSpec) -> None:
+        """Record what is trained and evaluated on: an export and every figure need it."""
+        if self.accelerator.is_main_process:
+            splits = {
+                role: {"split": source.split, "images": len(source), "fingerprint": source.fingerprint}
+                for role, source in (("train", train), ("eval", evaluation))
+            }
+            about = {"source": train.name, "revision": train.revision, **splits, "spec": dataclasses.asdict(spec)}
+            write_json(self.path / "data.json", {**about, "label_names": list(train.label_names)})
+
+    # --- metrics ------------------------------------------------------------------------------------------------------
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line to the metrics file."""
+        if self.accelerator.is_main_process:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records, oldest first."""
+        return read_metrics(self.metrics_file)
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was recorded after `step`: a resumed run records it again."""
+        if self.accelerator.is_main_process and self.metrics_file.exists():
+            kept = [record for record in self.read_metrics() if record["step"] <= step]
+            with replacing_file(self.metrics_file) as aside:
+                aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest finished checkpoint."""
+        return max(self.checkpoints.glob("step-*"), default=None)
+
+    def save_checkpoint(self, step: int) -> Path:
+        """Write a checkpoint aside, rename it, and drop the oldest; on every process."""
+        folder = self.checkpoints / f"step-{step:08d}"
+        with self._aside(folder) as aside:
+            self.accelerator.save_state(str(aside), safe_serialization=True)
+            self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            for old in sorted(self.checkpoints.glob("step-*"))[: -self.recipe.run.keep_checkpoints]:
+                shutil.rmtree(old)
+        return folder
+
+    @contextmanager
+    def _aside(self, folder: Path) -> Iterator[Path]:
+        """One temporary folder for all processes, which the main one makes and renames."""
+        if not self.accelerator.is_main_process:
+            yield Path(broadcast_object_list([None])[0])
+            return
+        with replacing_folder(folder) as aside:
+            yield Path(broadcast_object_list([str(aside)])[0])
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Load a checkpoint into everything that the accelerator prepared or registered."""
+        try:
+            self.accelerator.load_state(str(folder))
+        except Exception as error:
+            raise ValueError(
+                f"the checkpoint {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                "delete that folder to resume from the one before it"
+            ) from error
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def weights(self, which: str, ema: bool = False) -> Path:
+        """File of the `last` or `best` weights."""
+        return self.path / "weights" / f"{which}{'_ema' if ema else ''}.safetensors"
+
+    def save_weights(self, model: nn.Module, which: str, ema: bool = False) -> None:
+        """Write plain weights; on the main process."""
+        if self.accelerator.is_main_process:
+            path = self.weights(which, ema)
+            path.parent.mkdir(exist_ok=True)
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+            with replacing_file(path) as aside:
+                save_file(tensors, aside, metadata={"format": "pt"})
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics file; a last line that a killed process left unfinished is not one."""
+    if not path.exists():
+        return []
+    *lines, rest = path.read_text().split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with replacing_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions, commit and hardware: what a figure needs beside it."""
+    packages = ("torch", "timm", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy")
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "device": str(accelerator.device),
+        "hardware": _hardware(accelerator.device),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {capability}"
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that this package runs from, marked when it has changes."""
+    root = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None  # an installed package has no tree
