@@ -6,9 +6,10 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
 import torch.distributed as dist
 from timm.task.evaluator import ClassificationEvaluator
@@ -18,6 +19,9 @@ from torch.nn.functional import one_hot
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from tffd_zoo.data import ImageSource, ImageSpec
 
 CALIBRATION_BINS = 15
 
@@ -138,6 +142,35 @@ def evaluate(
         seconds=seconds,
         images_per_second=images_seen / seconds,
     )
+
+
+def evaluation_record(model: nn.Module, result: EvalResult, source: ImageSource, spec: ImageSpec) -> dict[str, Any]:
+    """Return the figures of `model` with all that they depend on, ready for JSON: what `metrics.json` holds.
+
+    Args:
+        model: what was evaluated.
+        result: what came of it.
+        source: the images.
+        spec: how they were prepared.
+    """
+    params, macs = model_cost(model, spec.input_size)
+    return {
+        **asdict(result),
+        "params": params,
+        "macs": macs,
+        "evaluation": {
+            "data": source.name,
+            "split": source.split,
+            "revision": source.revision,
+            "fingerprint": source.fingerprint,
+            "image_column": source.image_column,
+            "label_column": source.label_column,
+            **asdict(spec),
+            "device": next(model.parameters()).device.type,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+    }
 
 
 def model_cost(model: nn.Module, input_size: Sequence[int]) -> tuple[int, int]:
