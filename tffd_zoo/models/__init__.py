@@ -1,5 +1,20 @@
-"""The zoo's architectures. Importing this package registers them with timm."""
+"""The zoo's architectures and released weights. Importing this package registers them with timm."""
 
-from . import tffd_cifar_resnet, tffd_cifar_vgg, tffd_cifar_wrn
+from . import tffd_cifar_resnet, tffd_cifar_vgg, tffd_cifar_wrn, tffd_imagenet
+from .manifest import HubFile, Input, Metrics, Release, Training, WheelFile, add_release, release, releases
 
-__all__ = ["tffd_cifar_resnet", "tffd_cifar_vgg", "tffd_cifar_wrn"]
+__all__ = [
+    "HubFile",
+    "Input",
+    "Metrics",
+    "Release",
+    "Training",
+    "WheelFile",
+    "add_release",
+    "release",
+    "releases",
+    "tffd_cifar_resnet",
+    "tffd_cifar_vgg",
+    "tffd_cifar_wrn",
+    "tffd_imagenet",
+]

@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 from timm.layers import ConvNormAct, DropPath, LayerType, get_act_layer, get_norm_layer
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
 
+from . import manifest
 from ._builder import build_tffd
 from ._cifar import CifarNet, cifar_cfg, residual_stages
 
@@ -80,33 +81,33 @@ def _basic_block(
     )
 
 
+_CFGS = {
+    name: cifar_cfg(first_conv="stem.conv")
+    for name in (
+        "tffd_resnet20",
+        "tffd_resnet32",
+        "tffd_resnet44",
+        "tffd_resnet56",
+        "tffd_resnet110",
+        "tffd_resnet8x4",
+        "tffd_resnet32x4",
+    )
+}
+_X4 = {"stem_channels": 32, "channels": (64, 128, 256)}
+
+default_cfgs = manifest.default_cfgs(_CFGS)
+
+
 def _create(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Module:
     return build_tffd(
         CifarResNet,
         variant,
         pretrained,
+        _CFGS[variant],
         depth=depth,
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **kwargs,
     )
-
-
-_X4 = {"stem_channels": 32, "channels": (64, 128, 256)}
-
-default_cfgs = generate_default_cfgs(
-    {
-        name: cifar_cfg(first_conv="stem.conv")
-        for name in (
-            "tffd_resnet20",
-            "tffd_resnet32",
-            "tffd_resnet44",
-            "tffd_resnet56",
-            "tffd_resnet110",
-            "tffd_resnet8x4",
-            "tffd_resnet32x4",
-        )
-    }
-)
 
 
 @register_model

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from timm.layers import ConvNormAct, LayerType
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import nn
 
+from . import manifest
 from ._builder import build_tffd
 from ._cifar import CifarNet, cifar_cfg
 
@@ -69,20 +70,21 @@ class CifarVGG(CifarNet):
             nn.init.zeros_(self.head.fc.bias)
 
 
+_CFGS = {name: cifar_cfg(first_conv="stages.0.0.conv", pool_size=(4, 4)) for name in ("tffd_vgg8", "tffd_vgg13")}
+
+default_cfgs = manifest.default_cfgs(_CFGS)
+
+
 def _create(variant: str, pretrained: bool, stages: Sequence[Sequence[int]], **kwargs: Any) -> nn.Module:
     return build_tffd(
         CifarVGG,
         variant,
         pretrained,
+        _CFGS[variant],
         stages=stages,
         feature_cfg={"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True},
         **kwargs,
     )
-
-
-default_cfgs = generate_default_cfgs(
-    {name: cifar_cfg(first_conv="stages.0.0.conv", pool_size=(4, 4)) for name in ("tffd_vgg8", "tffd_vgg13")}
-)
 
 
 @register_model

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from timm.layers import LayerType, create_conv2d, get_norm_act_layer
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.resnetv2 import DownsampleConv, PreActBasic
 from torch import nn
 
+from . import manifest
 from ._builder import build_tffd
 from ._cifar import CifarNet, cifar_cfg, residual_stages
 
@@ -79,21 +80,22 @@ def _preact_block(in_channels: int, out_channels: int, stride: int, **kwargs: An
     )
 
 
+_CFGS = {name: cifar_cfg(first_conv="stem") for name in ("tffd_wrn16_2", "tffd_wrn40_1", "tffd_wrn40_2")}
+
+default_cfgs = manifest.default_cfgs(_CFGS)
+
+
 def _create(variant: str, pretrained: bool, depth: int, widen_factor: int, **kwargs: Any) -> nn.Module:
     return build_tffd(
         CifarWideResNet,
         variant,
         pretrained,
+        _CFGS[variant],
         depth=depth,
         widen_factor=widen_factor,
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **kwargs,
     )
-
-
-default_cfgs = generate_default_cfgs(
-    {name: cifar_cfg(first_conv="stem") for name in ("tffd_wrn16_2", "tffd_wrn40_1", "tffd_wrn40_2")}
-)
 
 
 @register_model

@@ -1,0 +1,416 @@
+"""The manifest: one entry for each released weight, from which timm's pretrained cfgs are made.
+
+`manifest.json` holds `releases` and, so that class names are written once, the `label_sets` that they share.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs
+from torch import Tensor
+
+from ..atomic import replacing_file
+from .weights import download, read_verified
+
+MANIFEST = Path(__file__).with_name("manifest.json")
+WHEEL_LIMIT = 50_000_000  # bytes; PyPI's users download them all, whichever model they want
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+BASELINE_TAGS = ("kd_", "ce_")  # prefixes of the tags beside Tf-FD's own, which comes first and is timm's default
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class WheelFile:
+    """A safetensors file that travels with the package, in `weights/` beside the manifest."""
+
+    path: Path
+    """Where the file is."""
+
+    def __post_init__(self) -> None:
+        _require(self.path.suffix == ".safetensors", f"{self.path.name} is not a .safetensors file")
+
+    def fetch(self, cache_dir: Path | str | None = None) -> Path:
+        """The file itself; there is nothing to download."""
+        return self.path
+
+    def mend(self) -> str:
+        """What to do when it is not the file that was released."""
+        return "Reinstall the package: pip install --force-reinstall tffd_zoo"
+
+    def pretrained_cfg(self) -> dict[str, str]:
+        """The fields of timm's pretrained cfg that name this source."""
+        return {"file": str(self.path)}
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A safetensors file in a Hub repository, at one commit."""
+
+    repo: str
+    """Repository, `organisation/name`."""
+    commit: str
+    """Full commit id, 40 hex digits: branches and tags can move."""
+    filename: str = "model.safetensors"
+    """Path in the repository."""
+
+    def __post_init__(self) -> None:
+        _require(re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo), f"repo {self.repo!r} is not organisation/name")
+        _require(re.fullmatch(r"[0-9a-f]{40}", self.commit), f"commit {self.commit!r} is not 40 hex digits")
+        _require(self.filename.endswith(".safetensors"), f"{self.filename} is not a .safetensors file")
+
+    def fetch(self, cache_dir: Path | str | None = None) -> Path:
+        """The file in the local cache, downloaded if need be; OSError if it cannot be."""
+        return download(self.repo, self.commit, self.filename, cache_dir)
+
+    def mend(self) -> str:
+        """What to do when it is not the file that was released."""
+        return (
+            f"Delete that file and load again; if this comes back, https://huggingface.co/{self.repo} does not serve "
+            "what was released: do not use it, and report it"
+        )
+
+    def pretrained_cfg(self) -> dict[str, str]:
+        """The fields of timm's pretrained cfg that name this source."""
+        return {"hf_hub_id": f"{self.repo}@{self.commit}", "hf_hub_filename": self.filename}
+
+
+@dataclass(frozen=True)
+class Input:
+    """What the model expects of an image."""
+
+    size: tuple[int, int, int]
+    """Channels, height, width."""
+    mean: tuple[float, ...]
+    """Mean of each channel, of values in [0, 1]."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel."""
+    interpolation: str
+    """How an image of another size is resized, timm's name."""
+    crop_pct: float
+    """Share of the resized image's side that the centre crop keeps."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.size) == 3 and all(n > 0 for n in self.size), f"input size {self.size} is not (C, H, W)")
+        _require(len(self.mean) == len(self.std) == self.size[0], "mean and std need one value for each channel")
+        _require(all(s > 0 for s in self.std), f"std {self.std} is not positive")
+        _require(self.interpolation in INTERPOLATIONS, f"interpolation {self.interpolation!r}: not in {INTERPOLATIONS}")
+        _require(0 < self.crop_pct <= 1, f"crop_pct {self.crop_pct} is not in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The figures of one evaluation, and of what."""
+
+    dataset: str
+    """Hub id or name of the dataset."""
+    split: str
+    """Split of the dataset."""
+    images: int
+    """Images evaluated."""
+    correct1: int
+    """Images whose class has the highest logit."""
+    correct5: int
+    """Images whose class is among the five highest logits."""
+    top1: float
+    """100 * correct1 / images, percent."""
+    top5: float
+    """100 * correct5 / images, percent."""
+    nll: float
+    """Mean negative log-likelihood, nats."""
+    ece: float
+    """Expected calibration error in 15 bins, percent."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.correct1 <= self.correct5 <= self.images != 0,
+            f"{self.correct1} and {self.correct5} correct of {self.images} images cannot be",
+        )
+        for percent, correct in ((self.top1, self.correct1), (self.top5, self.correct5)):
+            exact = 100 * correct / self.images
+            _require(abs(percent - exact) < 1e-3, f"{correct} correct of {self.images} are {exact} %, not {percent} %")
+        _require(self.nll >= 0 and 0 <= self.ece <= 100, f"nll {self.nll} or ece {self.ece} is out of range")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and on what the weights were trained."""
+
+    epochs: float
+    """Passes over the training set."""
+    hours: float
+    """Wall-clock time."""
+    seed: int
+    """Seed of the run."""
+    hardware: str
+    """Machine, in words."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0 and self.hours > 0, "epochs and hours must be positive")
+        _require(bool(self.hardware), "hardware must say what the weights were trained on")
+
+
+@dataclass(frozen=True)
+class Release:
+    """One released weight: what it is, where it lies, how it was made and what it reaches."""
+
+    architecture: str
+    """Registered name of the architecture, e.g. `tffd_resnet20`."""
+    tag: str
+    """Tag under which timm lists it: `c100` for Tf-FD, `ce_c100` for its plain twin, `kd_c100` for Tf-FD+."""
+    file: WheelFile | HubFile
+    """Where the weights lie."""
+    size: int
+    """Bytes of the file."""
+    sha256: str
+    """SHA-256 of the file, 64 hex digits."""
+    input: Input
+    label_set: str
+    """Name that the class names have in the manifest, e.g. `cifar100`."""
+    label_names: tuple[str, ...]
+    """Name of each class, in the order of the logits."""
+    license: str
+    """SPDX identifier, lower case."""
+    recipe: Mapping[str, Any]
+    """The resolved recipe of the run."""
+    metrics: Metrics
+    training: Training
+
+    def __post_init__(self) -> None:
+        for part in (self.architecture, self.tag, self.label_set):
+            _require(re.fullmatch(r"[a-z0-9_]+", part), f"{part!r} may hold only a-z, 0-9 and _")
+        _require(self.size > 0, f"size {self.size} is not positive")
+        _require(re.fullmatch(r"[0-9a-f]{64}", self.sha256), f"sha256 {self.sha256!r} is not 64 hex digits")
+        _require(bool(self.license), "license must be given")
+        _require(bool(self.recipe), "recipe must say how the weights were trained")
+        _require(len(self.label_names) > 0, "label_names must name the classes")
+        _require(len(set(self.label_names)) == len(self.label_names), "two classes have the same name")
+
+    @property
+    def name(self) -> str:
+        """What `timm.create_model` takes: `architecture.tag`."""
+        return f"{self.architecture}.{self.tag}"
+
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The fields of timm's pretrained cfg that this release sets."""
+        return {
+            **self.file.pretrained_cfg(),
+            "num_classes": len(self.label_names),
+            "label_names": self.label_names,
+            "input_size": self.input.size,
+            "mean": self.input.mean,
+            "std": self.input.std,
+            "interpolation": self.input.interpolation,
+            "crop_pct": self.input.crop_pct,
+            "license": self.license,
+        }
+
+    def load(self, cache_dir: Path | str | None = None) -> dict[str, Tensor]:
+        """The state dict, from a file whose size and SHA-256 are the released ones.
+
+        Raises:
+            ValueError: if the file is any other.
+            OSError: if it is missing or cannot be downloaded.
+        """
+        return read_verified(self.file.fetch(cache_dir), self.size, self.sha256, self.file.mend())
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as JSON holds it, complete with its class names."""
+        file = {"wheel": self.file.path.name} if isinstance(self.file, WheelFile) else asdict(self.file)
+        return {**asdict(self), "file": file}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any], folder: Path) -> Release:
+        """The release that `to_json` wrote; `folder` is where a wheel file lies.
+
+        Raises:
+            ValueError: if a field is missing, unknown or out of range.
+        """
+        try:
+            _require_fields(cls, entry)
+            file = entry["file"]
+            parts = {
+                "file": WheelFile(folder / file["wheel"]) if file.keys() == {"wheel"} else _build(HubFile, file),
+                "input": _build(Input, entry["input"]),
+                "label_names": tuple(entry["label_names"]),
+                "metrics": _build(Metrics, entry["metrics"]),
+                "training": _build(Training, entry["training"]),
+            }
+            return cls(**{**entry, **parts})
+        except (ValueError, TypeError, AttributeError) as error:
+            name = f"{entry.get('architecture')}.{entry.get('tag')}" if isinstance(entry, Mapping) else repr(entry)
+            raise ValueError(f"manifest entry {name}: {error}") from error
+
+
+def releases(manifest: Path | None = None) -> tuple[Release, ...]:
+    """Every release; those of one architecture together, Tf-FD's own first.
+
+    Raises:
+        ValueError: if the manifest is not valid; the message names the entry and the field.
+    """
+    return _read(manifest or MANIFEST)
+
+
+def release(name: str, manifest: Path | None = None) -> Release:
+    """The release of this name, `architecture.tag`, or of this architecture (its first).
+
+    Raises:
+        ValueError: if there is none; the message lists those there are.
+    """
+    for candidate in releases(manifest):
+        if name in (candidate.name, candidate.architecture):
+            return candidate
+    names = ", ".join(candidate.name for candidate in releases(manifest)) or "none"
+    raise ValueError(f"no release is called {name!r}; there are: {names}")
+
+
+def find_release(cfg: PretrainedCfg) -> Release | None:
+    """The release whose file timm would load for `cfg`; None where that is a file or state dict of the user's own."""
+    if cfg.source or cfg.state_dict:
+        return None
+    source = {"file": cfg.file} if cfg.file else {"hf_hub_id": cfg.hf_hub_id, "hf_hub_filename": cfg.hf_hub_filename}
+    return next((candidate for candidate in releases() if candidate.file.pretrained_cfg() == source), None)
+
+
+def default_cfgs(architectures: Mapping[str, Mapping[str, Any]], manifest: Path | None = None) -> dict[str, DefaultCfg]:
+    """timm's default cfgs of these architectures: one for each release, or the bare one where there is none yet.
+
+    Args:
+        architectures: each architecture's pretrained cfg without weights.
+        manifest: the manifest to read, the package's own by default.
+    """
+    cfgs: dict[str, Mapping[str, Any]] = {}
+    released = defaultdict(list)
+    for entry in releases(manifest):
+        released[entry.architecture].append(entry)
+    for architecture, bare in architectures.items():
+        for entry in released[architecture]:
+            reduction = bare["input_size"][-1] // bare["pool_size"][-1]
+            pool_size = tuple(-(-side // reduction) for side in entry.input.size[1:])
+            cfgs[entry.name] = {**bare, **entry.pretrained_cfg(), "pool_size": pool_size}
+        if not released[architecture]:
+            cfgs[architecture] = bare
+    return generate_default_cfgs(cfgs)
+
+
+def add_release(new: Release, *, replaces: bool = False, manifest: Path | None = None) -> Release:
+    """Add a release to the manifest and, if its weights travel in the wheel, their file to the package.
+
+    The weights are first loaded as a user would load them: hash, architecture and class count must agree. The file of a
+    `WheelFile` is copied under a name that holds its hash, so that the manifest, replaced last and at once, always
+    names a file that fits. timm lists the release from the next start of Python on.
+
+    Args:
+        new: the release; `file.path` of a `WheelFile` is where the weights are now.
+        replaces: whether a release of this name may be there already and be replaced.
+        manifest: the manifest to change, the package's own by default.
+
+    Returns:
+        The release as it now stands in the manifest.
+
+    Raises:
+        ValueError: if the weights are not those the entry describes, the name is taken, the class names differ from
+            those the manifest has under `label_set`, or the wheel would become too large. Nothing has changed then.
+        OSError: if a file cannot be read, downloaded or written.
+    """
+    manifest = manifest or MANIFEST
+    others = [entry for entry in releases(manifest) if entry.name != new.name]
+    replaced = [entry for entry in releases(manifest) if entry.name == new.name]
+    if replaced and not replaces:
+        raise ValueError(f"{new.name} is released already: pass replaces=True to put this one in its place")
+    for entry in others:
+        if entry.label_set == new.label_set and entry.label_names != new.label_names:
+            raise ValueError(f"{entry.name} has other class names under {new.label_set!r}: give these another name")
+
+    _require_fit(new)
+    if isinstance(new.file, WheelFile):
+        in_wheel = sum(entry.size for entry in [*others, new] if isinstance(entry.file, WheelFile))
+        if in_wheel > WHEEL_LIMIT:
+            raise ValueError(
+                f"with {new.name} the wheel would hold {in_wheel:,} bytes of weights, more than {WHEEL_LIMIT:,}: "
+                "publish it to the Hub and release that file"
+            )
+        path = manifest.parent / "weights" / f"{new.name}-{new.sha256[:8]}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        with replacing_file(path) as aside:
+            aside.write_bytes(new.file.path.read_bytes())
+        new = replace(new, file=WheelFile(path))
+
+    _write([*others, new], manifest)
+    for entry in replaced:
+        if isinstance(entry.file, WheelFile) and entry.file != new.file:
+            entry.file.path.unlink(missing_ok=True)
+    return new
+
+
+def _require_fit(entry: Release) -> None:
+    """Load the weights into their architecture, every key and shape."""
+    state_dict = entry.load()
+    if not timm.is_model(entry.architecture):
+        raise ValueError(f"{entry.architecture} is not a registered architecture: see timm.list_models('tffd_*')")
+    model = timm.create_model(
+        entry.architecture, num_classes=len(entry.label_names), in_chans=entry.input.size[0], device="meta"
+    )
+    try:
+        model.load_state_dict(state_dict, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {entry.name} do not fit {entry.architecture}: {error}") from error
+
+
+@functools.cache
+def _read(manifest: Path) -> tuple[Release, ...]:
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        entries = [{**entry, "label_names": content["label_sets"][entry["label_set"]]} for entry in content["releases"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest} is not a manifest of releases and the label_sets they name: {error!r}") from error
+    found = [Release.from_json(entry, manifest.parent / "weights") for entry in entries]
+    names = [entry.name for entry in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{manifest}: {name} is there {names.count(name)} times")
+    return tuple(sorted(found, key=_rank))
+
+
+def _write(entries: Sequence[Release], manifest: Path) -> None:
+    content: dict[str, Any] = {"label_sets": {}, "releases": []}
+    for entry in sorted(entries, key=_rank):
+        json_entry = entry.to_json()
+        content["label_sets"][entry.label_set] = json_entry.pop("label_names")
+        content["releases"].append(json_entry)
+    with replacing_file(manifest) as aside:
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _read.cache_clear()
+
+
+def _rank(entry: Release) -> tuple[str, bool, str]:
+    """Sort key: by architecture, Tf-FD's own weights before the baselines."""
+    return entry.architecture, entry.tag.startswith(BASELINE_TAGS), entry.tag
+
+
+def _build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """An instance of a flat dataclass from JSON, whose lists are the dataclass's tuples."""
+    _require_fields(cls, values)
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _require_fields(cls: type, values: Mapping[str, Any]) -> None:
+    names = {field.name for field in fields(cls)}
+    if missing := names - values.keys():
+        raise ValueError(f"{cls.__name__} lacks {', '.join(sorted(missing))}")
+    if unknown := values.keys() - names:
+        raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(names))}")
+
+
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
