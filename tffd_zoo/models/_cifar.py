@@ -52,7 +52,7 @@ def residual_stages(
         in_channels: channels of the map that the first stage reads.
         channels: channels of each stage's map.
         output_stride: how many times smaller than the image the last map is.
-        drop_path_rate: stochastic depth of the last stage, growing linearly from 0 over the stages.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 over the blocks.
 
     Raises:
         ValueError: if `output_stride` is no power of two that the stages can reach.

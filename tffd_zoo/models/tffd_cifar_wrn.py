@@ -34,7 +34,7 @@ class CifarWideResNet(CifarNet):
         output_stride: 4, or 2 or 1 to dilate the last stages instead of striding them.
         act_layer: activation layer, timm's name or class.
         norm_layer: normalisation layer, timm's name or class.
-        drop_path_rate: stochastic depth of the last stage, growing linearly from 0 over the stages.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 over the blocks.
         kwargs: the head's and placement's arguments of `CifarNet`.
     """
 
