@@ -7,7 +7,7 @@ global batch sees. The last, smaller batch is shared out as evenly as it goes; `
 
 from __future__ import annotations
 
-import os
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,25 +18,24 @@ from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from .memory import (
     AUGMENTS,
     Augment,
     CropsAndFlips,
+    Normalize,
     decode_all,
     draw_crops_and_flips,
-    normalize,
     pad_crop_flip,
     seeded_generator,
 )
 from .sources import ImageSource
+from .workers import WorkerPool, default_workers
 
 MEMORY_LIMIT = 2**30
 """Decoded images are kept in memory by default up to this size, bytes."""
 SMALL_IMAGE = 128 * 128
 """...and up to this size each as stored, pixels: photographs are left to workers, which decode beside the training."""
-MAX_WORKERS = 8
 
 ORDER, CROPS, PAIRS, PIXELS = range(4)  # what a seed is used for: separate streams of random numbers
 
@@ -84,36 +83,25 @@ class _Request(NamedTuple):
 
 
 class Loader:
-    """Batches of one process. Made by :func:`train_loader` and :func:`eval_loader`."""
+    """The batches of one process. Made by :func:`train_loader` and :func:`eval_loader`."""
 
     def __init__(
-        self, make_batch: _BatchMaker, plan: Callable[[int], list[_Request]], workers: int, description: str
+        self,
+        make_batch: _BatchMaker,
+        requests: Callable[[int], list[_Request]],
+        workers: int,
+        description: str,
     ) -> None:
-        self._make_batch = make_batch
-        self._plan = plan
+        self._requests = requests
+        self._pool = WorkerPool(make_batch, workers)
+        self._batches = len(requests(0))
         self._description = description
-        self._batches = len(plan(0))
-        self._requests: list[_Request] = []  # the running epoch's, read by the worker pool's sampler
-        self._pool: DataLoader[Batch | Exception] | None = None
-        if workers:
-            self._pool = DataLoader(
-                make_batch,
-                batch_size=None,
-                sampler=_CurrentRequests(self),
-                num_workers=workers,
-                persistent_workers=True,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # else every epoch would draw from the caller's global stream
-            )
+        self.dataset_size = len(make_batch.source)
+        """Images of the source, over all processes."""
 
     def __len__(self) -> int:
         """Return the batches of this process per epoch; in training, the same on every rank."""
         return self._batches
-
-    @property
-    def dataset_size(self) -> int:
-        """Images of the source, over all processes."""
-        return len(self._make_batch.source)
 
     def describe(self) -> str:
         """Say in one line where the images come from and how they are batched."""
@@ -128,33 +116,12 @@ class Loader:
         Raises:
             UnreadableImageError: an image does not decode.
         """
-        self._requests = self._plan(epoch)[start_batch:]
-        if self._pool is None:
-            pin = torch.cuda.is_available()
-            for request in self._requests:
-                batch = self._make_batch(request)
-                yield batch._replace(images=batch.images.pin_memory()) if pin else batch
-        else:
-            for batch_or_error in self._pool:
-                if isinstance(batch_or_error, Exception):
-                    raise batch_or_error
-                yield batch_or_error
+        pin = torch.cuda.is_available()
+        for batch in self._pool.map(self._requests(epoch)[start_batch:]):
+            yield batch._replace(images=batch.images.pin_memory()) if pin else batch
 
 
-class _CurrentRequests:
-    """The requests of the running epoch, as the worker pool's sampler."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[_Request]:
-        return iter(self.loader._requests)
-
-    def __len__(self) -> int:
-        return len(self.loader._requests)
-
-
-class _BatchMaker(Dataset[Any]):
+class _BatchMaker:
     """Turns a request into a batch, in this process or a worker."""
 
     def __init__(
@@ -164,38 +131,29 @@ class _BatchMaker(Dataset[Any]):
         transform: Callable[[Image.Image], Tensor],
         augment: Augment,
         seed: int,
-        in_memory: bool,
+        decoded: Tensor | None,
         memory_format: torch.memory_format,
     ) -> None:
         self.source = source
         self.transform = transform
         self.augment = augment
         self.seed = seed
-        self.memory_format = memory_format
-        self.mean = torch.tensor(spec.mean).view(-1, 1, 1)
-        self.std = torch.tensor(spec.std).view(-1, 1, 1)
-        self.padding = spec.input_size[-1] // 8 if augment.padding is None else augment.padding
-        self.decoded = decode_all(source, transform, spec.input_size) if in_memory else None
+        self.decoded = decoded
+        self.padding = augment.padding_at(spec.input_size[-1])
+        self.moves_pixels = augment.crop != "resized" and (self.padding > 0 or augment.hflip > 0)
+        self.normalize = Normalize(spec.mean, spec.std, spec.input_size, memory_format)
         self._choices: tuple[int, CropsAndFlips] | None = None
-
-    def __getitem__(self, request: _Request) -> Batch | Exception:
-        # A worker's exception would reach the user as a traceback of the worker: hand it over as a value instead.
-        try:
-            return self(request)
-        except ValueError as error:
-            return error
 
     def __call__(self, request: _Request) -> Batch:
         epoch, indices, weight = request
         if self.decoded is not None:
             images = self.decoded[indices]
         else:
-            images = torch.stack([self._transform(epoch, index) for index in indices.tolist()])
-        if self.augment.crop == "pad":
+            images = torch.stack([self._decode(epoch, index) for index in indices.tolist()])
+        if self.moves_pixels:
             choices = CropsAndFlips(*(choice[indices] for choice in self._crops_and_flips(epoch)))
             images = pad_crop_flip(images, choices, self.padding, self.augment.padding_mode)
-        images = normalize(images, self.mean, self.std, self.memory_format)
-        return Batch(images, self.source.labels[indices], indices, weight)
+        return Batch(self.normalize(images), self.source.labels[indices], indices, weight)
 
     def _crops_and_flips(self, epoch: int) -> CropsAndFlips:
         if self._choices is None or self._choices[0] != epoch:
@@ -203,16 +161,16 @@ class _BatchMaker(Dataset[Any]):
             self._choices = epoch, draw_crops_and_flips(generator, len(self.source), self.padding, self.augment.hflip)
         return self._choices[1]
 
-    def _transform(self, epoch: int, index: int) -> Tensor:
+    def _decode(self, epoch: int, index: int) -> Tensor:
         image = self.source.decode(index)
         if self.augment.crop != "resized":
             return self.transform(image)
         # timm's transforms draw from the global streams of `random` and torch: seed both, and give them back
+        seed = seeded_generator(self.seed, PIXELS, epoch, index).initial_seed()
         state = random.getstate()
         with torch.random.fork_rng(devices=[]):
-            seed = seeded_generator(self.seed, PIXELS, epoch, index).initial_seed()
             random.seed(seed)
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the CUDA streams too
             transformed = self.transform(image)
         random.setstate(state)
         return transformed
@@ -239,14 +197,14 @@ def train_loader(
         source: the images.
         spec: what the model wants.
         batch_size: images per process and batch.
-        seed: with the epoch, gives the order and, with the index, the augmentation.
+        seed: with the epoch, gives the order and, with the index, the augmentation; 0 or more.
         rank: this process.
         world_size: how many processes share the epoch.
-        augment: what is done to the images. With `pad` and `none`, images of another size are first resized to the
-            input size.
-        workers: processes that decode; None: one per core, at most 8. Images in memory need none.
-        in_memory: decode everything once; None: for small images that take at most 1 GiB decoded.
-        drop_last: drop the last global batch when it is smaller than the others.
+        augment: what is done to the images; see :data:`AUGMENTS`.
+        workers: processes that decode; None: one per core of this machine, at most 8. 0: this process decodes.
+        in_memory: decode everything once, beforehand; None: for small images that take at most 1 GiB decoded, unless
+            `augment` resizes at random.
+        drop_last: leave out the last global batch when it is smaller than the others.
         memory_format: layout of the images.
         pair_classes: fill the second half of each batch with partners of the first, partner j another image of the
             class of image j where there is one (CS-KD, Yun et al., "Regularizing Class-wise Predictions via
@@ -254,16 +212,16 @@ def train_loader(
             first half.
 
     Raises:
-        ValueError: settings that cannot be met; the message names what to change.
+        ValueError: settings that cannot be met, or an image that does not decode; the message names the mend.
     """
     _check(source, spec, batch_size, rank, world_size)
     if seed < 0:
-        raise ValueError(f"seed must be 0 or more, not {seed}")
+        raise ValueError(f"seed {seed} is negative; choose 0 or more")
     if pair_classes and batch_size % 2:
-        raise ValueError(f"batch_size {batch_size} must be even: half of a batch are partners of the other half")
+        raise ValueError(f"batch_size {batch_size} is odd, but half of a batch are partners of the other half")
     if augment.crop == "resized":
         if in_memory:
-            raise ValueError("in_memory needs an augmentation that keeps the image size; use pad_crop_flip or none")
+            raise ValueError("images that are resized at random cannot be kept in memory; choose pad_crop_flip or none")
         in_memory = False
         transform = create_transform(
             spec.input_size,
@@ -279,34 +237,33 @@ def train_loader(
         transform = create_transform(
             spec.input_size, is_training=True, no_aug=True, interpolation=spec.interpolation, normalize=False
         )
-    if in_memory is None:
-        in_memory = _fits_in_memory(source, spec)
 
-    per_global_batch = batch_size * world_size // (2 if pair_classes else 1)
-    batches, remainder = divmod(len(source), per_global_batch)
-    keep_remainder = remainder >= world_size and not drop_last
-    dropped = 0 if keep_remainder else remainder
-    if batches + keep_remainder == 0:
+    images_per_global_batch = batch_size * world_size // (2 if pair_classes else 1)
+    remainder = len(source) % images_per_global_batch
+    dropped = remainder if drop_last or remainder < world_size else 0
+    if dropped == len(source):
         raise ValueError(
-            f"{len(source)} images do not fill one batch of {batch_size} x {world_size} processes; lower batch_size"
+            f"{len(source)} images do not make one batch of {batch_size} for each of {world_size} processes; "
+            "lower batch_size"
         )
     partners = _Partners(source) if pair_classes else None
 
-    def plan(epoch: int) -> list[_Request]:
+    def requests(epoch: int) -> list[_Request]:
         order = torch.randperm(len(source), generator=seeded_generator(seed, ORDER, epoch))
-        requests = []
-        for number, global_batch in enumerate(order[: len(source) - dropped].split(per_global_batch)):
+        result = []
+        for number, global_batch in enumerate(order[: len(source) - dropped].split(images_per_global_batch)):
             share = global_batch.tensor_split(world_size)[rank]
             weight = len(share) * world_size / len(global_batch)
             if partners is not None:
                 drawn = partners.draw(global_batch, seeded_generator(seed, PAIRS, epoch, number))
                 share = torch.cat([share, drawn.tensor_split(world_size)[rank]])
-            requests.append(_Request(epoch, share, weight))
-        return requests
+            result.append(_Request(epoch, share, weight))
+        return result
 
-    make_batch = _BatchMaker(source, spec, transform, augment, seed, in_memory, memory_format)
-    workers = _choose_workers(workers, in_memory)
-    return Loader(make_batch, plan, workers, _describe("train", make_batch, batch_size, world_size, workers, dropped))
+    decoded, workers = _decode(source, spec, transform, in_memory, workers, world_size, memory_format)
+    make_batch = _BatchMaker(source, spec, transform, augment, seed, decoded, memory_format)
+    description = _describe(source, decoded, workers, batch_size, world_size, dropped)
+    return Loader(make_batch, requests, workers, f"{description}, {augment.describe()}")
 
 
 def eval_loader(
@@ -320,28 +277,26 @@ def eval_loader(
     in_memory: bool | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Loader:
-    """Return the evaluation batches of process `rank` of `world_size`: every image once, over all processes.
+    """Return the evaluation batches of process `rank` of `world_size`: over all processes, every image once.
 
-    The images, in order, are cut into one run per process; the runs differ by at most one image, so the number of
-    batches may differ by one. Images are prepared by timm's own evaluation transform. Arguments as in `train_loader`.
+    The images, in order, are cut into one run per process. The runs differ by at most one image, so the number of
+    batches may differ by one. timm's own evaluation transform prepares the images. Arguments as in `train_loader`.
     """
     _check(source, spec, batch_size, rank, world_size)
     transform = create_transform(
         spec.input_size,
         interpolation=spec.interpolation,
+        mean=spec.mean,  # crop_mode "border" fills with it
         crop_pct=spec.crop_pct,
         crop_mode=spec.crop_mode,
-        mean=spec.mean,
         normalize=False,
     )
-    if in_memory is None:
-        in_memory = _fits_in_memory(source, spec)
     share = torch.arange(len(source)).tensor_split(world_size)[rank]
-    requests = [_Request(0, indices, 1.0) for indices in share.split(batch_size)] if len(share) else []
-    make_batch = _BatchMaker(source, spec, transform, AUGMENTS["none"], 0, in_memory, memory_format)
-    workers = _choose_workers(workers, in_memory)
-    description = _describe("evaluate", make_batch, batch_size, world_size, workers, dropped=0)
-    return Loader(make_batch, lambda epoch: requests, workers, description)
+    batches = [_Request(0, indices, 1.0) for indices in share.split(batch_size) if len(indices)]
+    decoded, workers = _decode(source, spec, transform, in_memory, workers, world_size, memory_format)
+    make_batch = _BatchMaker(source, spec, transform, AUGMENTS["none"], 0, decoded, memory_format)
+    description = _describe(source, decoded, workers, batch_size, world_size, dropped=0)
+    return Loader(make_batch, lambda epoch: batches, workers, description)
 
 
 class _Partners:
@@ -373,31 +328,36 @@ def _check(source: ImageSource, spec: ImageSpec, batch_size: int, rank: int, wor
     assert 0 <= rank < world_size
 
 
-def _fits_in_memory(source: ImageSource, spec: ImageSpec) -> bool:
-    channels, height, width = spec.input_size
-    if len(source) * channels * height * width > MEMORY_LIMIT:
+def _decode(
+    source: ImageSource,
+    spec: ImageSpec,
+    transform: Callable[[Image.Image], Tensor],
+    in_memory: bool | None,
+    workers: int | None,
+    world_size: int,
+    memory_format: torch.memory_format,
+) -> tuple[Tensor | None, int]:
+    """Decode the images now if they are to be kept in memory; also return how many workers batches then need."""
+    workers = default_workers(world_size) if workers is None else workers
+    if in_memory or (in_memory is None and _is_small(source, spec)):
+        return decode_all(source, transform, spec.input_size, memory_format, workers), 0
+    return None, workers
+
+
+def _is_small(source: ImageSource, spec: ImageSpec) -> bool:
+    if len(source) * math.prod(spec.input_size) > MEMORY_LIMIT:
         return False
     sample = range(0, len(source), max(1, len(source) // 16))
     return all(image.width * image.height <= SMALL_IMAGE for image in map(source.decode, sample))
 
 
-def _choose_workers(workers: int | None, in_memory: bool) -> int:
-    if in_memory:
-        return 0
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0))) if workers is None else workers
-
-
 def _describe(
-    purpose: str, make_batch: _BatchMaker, batch_size: int, world_size: int, workers: int, dropped: int
+    source: ImageSource, decoded: Tensor | None, workers: int, batch_size: int, world_size: int, dropped: int
 ) -> str:
-    source, decoded = make_batch.source, make_batch.decoded
     if decoded is not None:
         storage = f"in memory ({decoded.numel() / 2**20:.0f} MiB)"
     else:
         storage = f"decoded by {workers} workers" if workers else "decoded as they are needed"
-    text = f"{purpose}: {len(source):,} images of {source.num_classes} classes, {storage}, batches of {batch_size}"
-    if world_size > 1:
-        text += f" x {world_size} processes"
-    if dropped:
-        text += f", {dropped} images left out of each epoch"
-    return text
+    text = f"{len(source):,} images of {source.num_classes} classes from {source.name} ({source.split}), {storage}"
+    text += f", batches of {batch_size}" + (f" on each of {world_size} processes" if world_size > 1 else "")
+    return text + (f" without the last {dropped} images of each epoch" if dropped else "")

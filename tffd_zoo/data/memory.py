@@ -1,14 +1,10 @@
-"""Small images in memory: decoded once to uint8, augmented and normalised a batch at a time.
-
-Everything random is a pure function of (seed, epoch, index of the image), so a batch is the same whoever makes it: this
-process or a worker, before or after a resume, on one rank or on another.
-"""
+"""Small images in memory: decoded once to uint8, augmented and normalised a batch at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .sources import ImageSource
+from .workers import WorkerPool
+
+CHUNK = 1024
+"""Images that a worker decodes at a time; sources no larger are decoded in this process."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Augment:
     """What training does to an image before it is normalised."""
 
     crop: Literal["pad", "resized", "none"] = "pad"
-    """`pad`: pad every side, then crop the input size at random (CIFAR). `resized`: crop a random area and aspect ratio
-    and resize it, as Inception and timm do (ImageNet). `none`: resize to the input size."""
+    """`pad`: resize to the input size, pad every side, crop the input size at random (CIFAR). `resized`: crop a random
+    area and aspect ratio and resize it to the input size, as Inception and timm do (ImageNet). `none`: resize alone."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     padding: int | None = None
@@ -38,6 +38,17 @@ class Augment:
     """Range of the cropped area for `resized`, as a share of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the cropped aspect ratio for `resized`."""
+
+    def padding_at(self, size: int) -> int:
+        """Return the padding for an input of `size` pixels."""
+        if self.crop != "pad":
+            return 0
+        return size // 8 if self.padding is None else self.padding
+
+    def describe(self) -> str:
+        """Name the augmentation in a few words."""
+        crop = {"pad": f"cropped after padding with {self.padding_mode}", "resized": "cropped and resized at random"}
+        return ", ".join([crop[self.crop]] * (self.crop != "none") + ["flipped"] * (self.hflip > 0)) or "not augmented"
 
 
 AUGMENTS = {
@@ -80,32 +91,58 @@ def pad_crop_flip(images: Tensor, choices: CropsAndFlips, padding: int, padding_
         padding_mode: `zeros` or `reflect`.
     """
     height, width = images.shape[-2:]
-    if padding:
-        mode = "constant" if padding_mode == "zeros" else padding_mode
-        padded = F.pad(images, [padding] * 4, mode=mode)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W), a view
-        images = windows[torch.arange(len(images)), :, choices.top, choices.left]
-    return torch.where(choices.flip[:, None, None, None], images.flip(3), images)
+    padded = F.pad(images, [padding] * 4, mode="constant" if padding_mode == "zeros" else padding_mode)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W), a view
+    cropped = windows[torch.arange(len(images)), :, choices.top, choices.left]
+    flipped = choices.flip.nonzero().squeeze(1)
+    return cropped.index_copy_(0, flipped, cropped.index_select(0, flipped).flip(3))
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Scale uint8 images to [0, 1], subtract `mean` and divide by `std`, in torchvision's order of float32 operations.
+class Normalize:
+    """uint8 images to float32: scaled to [0, 1], minus the mean, divided by the standard deviation, per channel.
 
-    The order matters: results are bit-equal to ToTensor followed by Normalize.
+    The operations and their order are those of torchvision's ToTensor and Normalize, so the results are bit-equal.
+
+    Args:
+        mean: per channel, of images in [0, 1].
+        std: likewise.
+        size: channels, height, width.
+        memory_format: layout of the result; least work where the images have it already.
     """
-    images = images.to(torch.float32, memory_format=memory_format)
-    return images.div_(255).sub_(mean).div_(std)
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], size: Sequence[int], memory_format: torch.memory_format
+    ) -> None:
+        self.memory_format = memory_format
+        # whole images, in that layout: broadcasting three numbers over channels_last memory takes four times as long
+        self.mean, self.std = (
+            torch.tensor(values).view(1, -1, 1, 1).expand(1, *size).contiguous(memory_format=memory_format)
+            for values in (mean, std)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(torch.float32, memory_format=self.memory_format)
+        return images.div_(255).sub_(self.mean).div_(self.std)
 
 
-def decode_all(source: ImageSource, transform: Callable[[Image.Image], Tensor], size: tuple[int, int, int]) -> Tensor:
-    """Decode every image of `source` once: (N, *size) uint8."""
-    images = torch.empty(len(source), *size, dtype=torch.uint8)
-
-    def decode(index: int) -> None:
-        images[index] = transform(source.decode(index))
-
-    with ThreadPoolExecutor() as pool:
-        done = pool.map(decode, range(len(source)))
-        for _ in tqdm(done, total=len(source), desc="decode images", unit="image", leave=False, disable=None):
-            pass
+def decode_all(
+    source: ImageSource,
+    transform: Callable[[Image.Image], Tensor],
+    size: Sequence[int],
+    memory_format: torch.memory_format,
+    workers: int,
+) -> Tensor:
+    """Decode every image of `source` once, in `workers` processes: (N, *size) uint8."""
+    images = torch.empty((len(source), *size), dtype=torch.uint8, memory_format=memory_format)
+    chunks = torch.arange(len(source)).split(CHUNK)
+    pool = WorkerPool(partial(decode_chunk, source, transform), workers if len(chunks) > 1 else 0)
+    with tqdm(total=len(source), desc="decode images", unit="image", leave=False, disable=None) as bar:
+        for chunk, decoded in zip(chunks, pool.map(chunks), strict=True):
+            images[chunk] = decoded
+            bar.update(len(chunk))
     return images
+
+
+def decode_chunk(source: ImageSource, transform: Callable[[Image.Image], Tensor], indices: Tensor) -> Tensor:
+    """Decode the images at `indices` and stack them: (B, C, H, W) uint8."""
+    return torch.stack([transform(source.decode(index)) for index in indices.tolist()])

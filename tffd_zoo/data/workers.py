@@ -1,0 +1,76 @@
+"""A function applied to a stream of requests by worker processes, in order, ahead of the consumer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+MAX_WORKERS = 8
+
+Request = TypeVar("Request")
+Result = TypeVar("Result")
+
+
+def default_workers(processes: int = 1) -> int:
+    """Return how many workers each of `processes` training processes may have: its share of the cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_this_machine = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    return max(1, min(MAX_WORKERS, cores // on_this_machine))
+
+
+class WorkerPool(Generic[Request, Result]):
+    """Applies `function` in `workers` processes, or in this one when `workers` is 0.
+
+    A thin layer over torch's DataLoader, which is a worker pool that knows tensors. The processes start with the first
+    request and live as long as the pool.
+    """
+
+    def __init__(self, function: Callable[[Request], Result], workers: int) -> None:
+        self._function = function
+        self._requests: list[Request] = []  # of the running `map`; the DataLoader iterates over this very list
+        self._loader: DataLoader[Any] | None = None
+        if workers:
+            self._loader = DataLoader(
+                _ErrorsAsValues(function),
+                batch_size=None,
+                sampler=self._requests,
+                num_workers=workers,
+                persistent_workers=True,
+                worker_init_fn=_leave_process_group,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # else every `map` would draw from the caller's global stream
+            )
+
+    def map(self, requests: Iterable[Request]) -> Iterator[Result]:
+        """Yield the result of each request in turn. A ValueError of the function is raised here as it was there."""
+        if self._loader is None:
+            yield from map(self._function, requests)
+            return
+        self._requests[:] = requests
+        for result in self._loader:
+            if isinstance(result, ValueError):
+                raise result
+            yield result
+
+
+class _ErrorsAsValues(Dataset[Any]):
+    """Hands a user's error over as a value: raised in a worker, it would arrive wrapped in the worker's traceback."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __getitem__(self, request: Any) -> Any:
+        try:
+            return self.function(request)
+        except ValueError as error:
+            return error
+
+
+def _leave_process_group(worker: int) -> None:
+    """Keep signals to the whole group (Ctrl-C, `timeout`) from a worker: the main process needs it until it leaves."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
