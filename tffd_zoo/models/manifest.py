@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
+from safetensors import SafetensorError
 from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs
 from torch import Tensor
 
@@ -239,7 +240,7 @@ class Release:
             _require_fields(cls, entry)
             file = entry["file"]
             parts = {
-                "file": WheelFile(folder / file["wheel"]) if file.keys() == {"wheel"} else _build(HubFile, file),
+                "file": _wheel_file(folder, **file) if file.keys() == {"wheel"} else _build(HubFile, file),
                 "input": _build(Input, entry["input"]),
                 "label_names": tuple(entry["label_names"]),
                 "metrics": _build(Metrics, entry["metrics"]),
@@ -354,7 +355,10 @@ def add_release(new: Release, *, replaces: bool = False, manifest: Path | None =
 
 def _require_fit(entry: Release) -> None:
     """Load the weights into their architecture, every key and shape."""
-    state_dict = entry.load()
+    try:
+        state_dict = entry.load()
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {entry.name} are not a safetensors file: {error}") from error
     if not timm.is_model(entry.architecture):
         raise ValueError(f"{entry.architecture} is not a registered architecture: see timm.list_models('tffd_*')")
     model = timm.create_model(
@@ -395,6 +399,11 @@ def _write(entries: Sequence[Release], manifest: Path) -> None:
 def _rank(entry: Release) -> tuple[str, bool, str]:
     """Sort key: by architecture, Tf-FD's own weights before the baselines."""
     return entry.architecture, entry.tag.startswith(BASELINE_TAGS), entry.tag
+
+
+def _wheel_file(folder: Path, wheel: str) -> WheelFile:
+    _require(Path(wheel).name == wheel, f"wheel {wheel!r} is not a plain file name")
+    return WheelFile(folder / wheel)
 
 
 def _build(cls: type[T], values: Mapping[str, Any]) -> T:

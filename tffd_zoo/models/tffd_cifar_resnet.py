@@ -81,7 +81,7 @@ def _basic_block(
     )
 
 
-_CFGS = {
+ARCHITECTURES = {
     name: cifar_cfg(first_conv="stem.conv")
     for name in (
         "tffd_resnet20",
@@ -95,7 +95,7 @@ _CFGS = {
 }
 _X4 = {"stem_channels": 32, "channels": (64, 128, 256)}
 
-default_cfgs = manifest.default_cfgs(_CFGS)
+default_cfgs = manifest.default_cfgs(ARCHITECTURES)
 
 
 def _create(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Module:
@@ -103,7 +103,7 @@ def _create(variant: str, pretrained: bool, depth: int, **kwargs: Any) -> nn.Mod
         CifarResNet,
         variant,
         pretrained,
-        _CFGS[variant],
+        ARCHITECTURES[variant],
         depth=depth,
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **kwargs,

@@ -70,9 +70,11 @@ class CifarVGG(CifarNet):
             nn.init.zeros_(self.head.fc.bias)
 
 
-_CFGS = {name: cifar_cfg(first_conv="stages.0.0.conv", pool_size=(4, 4)) for name in ("tffd_vgg8", "tffd_vgg13")}
+ARCHITECTURES = {
+    name: cifar_cfg(first_conv="stages.0.0.conv", pool_size=(4, 4)) for name in ("tffd_vgg8", "tffd_vgg13")
+}
 
-default_cfgs = manifest.default_cfgs(_CFGS)
+default_cfgs = manifest.default_cfgs(ARCHITECTURES)
 
 
 def _create(variant: str, pretrained: bool, stages: Sequence[Sequence[int]], **kwargs: Any) -> nn.Module:
@@ -80,7 +82,7 @@ def _create(variant: str, pretrained: bool, stages: Sequence[Sequence[int]], **k
         CifarVGG,
         variant,
         pretrained,
-        _CFGS[variant],
+        ARCHITECTURES[variant],
         stages=stages,
         feature_cfg={"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True},
         **kwargs,

@@ -80,9 +80,9 @@ def _preact_block(in_channels: int, out_channels: int, stride: int, **kwargs: An
     )
 
 
-_CFGS = {name: cifar_cfg(first_conv="stem") for name in ("tffd_wrn16_2", "tffd_wrn40_1", "tffd_wrn40_2")}
+ARCHITECTURES = {name: cifar_cfg(first_conv="stem") for name in ("tffd_wrn16_2", "tffd_wrn40_1", "tffd_wrn40_2")}
 
-default_cfgs = manifest.default_cfgs(_CFGS)
+default_cfgs = manifest.default_cfgs(ARCHITECTURES)
 
 
 def _create(variant: str, pretrained: bool, depth: int, widen_factor: int, **kwargs: Any) -> nn.Module:
@@ -90,7 +90,7 @@ def _create(variant: str, pretrained: bool, depth: int, widen_factor: int, **kwa
         CifarWideResNet,
         variant,
         pretrained,
-        _CFGS[variant],
+        ARCHITECTURES[variant],
         depth=depth,
         widen_factor=widen_factor,
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},

@@ -28,7 +28,9 @@ _CFG = {
     "license": "apache-2.0",
 }
 
-default_cfgs = manifest.default_cfgs(dict.fromkeys(("tffd_resnet18", "tffd_resnet34", "tffd_resnet50"), _CFG))
+ARCHITECTURES = dict.fromkeys(("tffd_resnet18", "tffd_resnet34", "tffd_resnet50"), _CFG)
+
+default_cfgs = manifest.default_cfgs(ARCHITECTURES)
 
 
 @register_model
