@@ -1,8 +1,8 @@
-"""Salience: how much each channel of a feature says, the score by which Tf-FD tells teachers from pupils.
+"""Salience: how much each channel of a feature says, the score by which Tf-FD chooses the channels that teach.
 
-Every metric maps features of shape (N, C, H, W) to one score per channel, shape (C,), in float32 and without gradient; a
-higher score is a more salient channel. `stage_salience` scores all stages of a model at once and makes the processes of a
-distributed run agree. Scores may tie (dead channels do): ordering them is the pairing's job, which is stable.
+A metric maps features of shape (N, C, H, W) to one score per channel, shape (C,), in float32 and without gradient; a
+higher score is a more salient channel. `stage_salience` scores all stages of a model at once and makes the processes
+of a distributed run agree. Scores can tie (dead channels do), and telling ties apart is left to whoever orders them.
 """
 
 from __future__ import annotations
@@ -19,65 +19,77 @@ __all__ = ["SalienceMetric", "bn_scale", "entropy", "hrank", "lp", "spread", "st
 SalienceMetric = Literal["lp", "spread", "entropy", "bn_scale", "hrank"]
 
 
+# --- the metrics ------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def lp(features: Tensor, p: int = 2) -> Tensor:
-    """Mean length of a channel's maps: s_c = mean_n (sum_hw |F_nchw|^p)^(1/p).
+    """Mean l_p norm of a channel's maps: s_c = mean_n (sum_hw |F_nchw|^p)^(1/p).
 
     Raises:
-        ValueError: if ``p`` is not 1 or 2.
+        ValueError: if `p` is neither 1 nor 2.
     """
     return _sum_lp(features, p) / features.shape[0]
 
 
 @torch.no_grad()
 def spread(features: Tensor) -> Tensor:
-    """Mean value of a channel's maps, each scaled to unit l2 length: s_c = mean_nhw (F_nchw / ||F_nc||_2).
+    """Mean value of a channel's maps once each has unit l2 norm: s_c = mean_nhw (F_nchw / ||F_nc||_2).
 
-    For the non-negative maps that follow a ReLU this is high where activation is spread over the map and low where it is
-    concentrated, whatever its size. A map of zeros counts 0. It is what the reference code of Tf-FD ranks by.
+    On the non-negative maps that follow a ReLU it is high where activation is spread over the map and low where it is
+    concentrated, whatever its size. A map of zeros counts 0. Tf-FD's published code ranks by it.
     """
     return _sum_spread(features) / features.shape[0]
 
 
 @torch.no_grad()
 def entropy(features: Tensor, bins: int = 10) -> Tensor:
-    """Entropy in nats of a channel's activations, in ``bins`` equal bins from their minimum to their maximum.
+    """Entropy, in nats, of a channel's activations in equal bins from their minimum to their maximum.
 
-    H_c = -sum_b p_b ln p_b, with p_b the share of the channel's N H W activations in bin b; a constant channel has 0.
-    Adapted from Meng et al., Filter Grafting for Deep Neural Networks, CVPR 2020, which bins weights.
+    H_c = -sum_b p_b ln p_b, where p_b is the share of the channel's N H W activations in bin b. A constant channel
+    has entropy 0.
+
+    Adapted from Meng et al., "Filter Grafting for Deep Neural Networks", CVPR 2020, which bins weights.
+
+    Raises:
+        ValueError: if `bins` is not between 1 and 10, the number of counters that fit into one integer.
     """
-    low, high = features.amin((0, 2, 3)).float(), features.amax((0, 2, 3)).float()
-    return _entropy_of(_histogram(features, low, high, bins))
+    features = _contiguous_float(features)
+    high, minus_low = _extremes(features)
+    return _entropy_of_counts(_histogram(features, -minus_low, high, bins))
 
 
 @torch.no_grad()
 def hrank(features: Tensor) -> Tensor:
     """Mean matrix rank of a channel's maps: s_c = mean_n rank(F_nc).
 
-    The rank is exact, as `torch.linalg.matrix_rank` counts it, by one singular value decomposition per map: dear, so
-    score a few images (``images`` of `stage_salience`) every so many steps.
+    The rank is `torch.linalg.matrix_rank`'s, exact up to its tolerance, at one singular value decomposition per map.
+    That is dear: score few images (`stage_salience` takes `images`) and not at every step.
 
-    Source: Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020.
+    Source: Lin et al., "HRank: Filter Pruning using High-Rank Feature Map", CVPR 2020.
     """
     return _sum_hrank(features) / features.shape[0]
 
 
 @torch.no_grad()
 def bn_scale(norm: nn.Module) -> Tensor:
-    """Size of the scale in the BatchNorm that produces the feature: s_c = |gamma_c|.
+    """Size of the scale in the BatchNorm behind a feature: s_c = |gamma_c|.
 
-    timm starts the last gamma of a residual block at zero, so all channels tie until the first update; a stable order
-    then takes them as they come, channel 0 first.
+    timm starts the last gamma of a residual block at zero, so before the first update all channels of such a stage tie
+    at 0; a stable order then takes them by number, channel 0 first.
 
-    Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017.
+    Source: Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017.
 
     Raises:
-        ValueError: if ``norm`` has no scale.
+        ValueError: if `norm` has no scale.
     """
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor):
-        raise ValueError(f"bn_scale needs a normalisation layer with a scale (affine=True), got {norm}.")
-    return weight.detach().float().abs()
+        raise ValueError(f"bn_scale reads the scale of a BatchNorm, and {norm} has none: pass one with affine=True.")
+    return weight.float().abs()
+
+
+# --- all stages, all processes ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -91,36 +103,36 @@ def stage_salience(
 ) -> list[Tensor]:
     """Salience of every stage's channels, the same on every process.
 
-    Under `torch.distributed` each process passes the features of its own share of the batch and gets the salience of the
-    whole, however unevenly it is split, at the cost of one all-reduce for all stages together (entropy needs a second,
-    for the range of its bins; bn_scale needs none, since processes hold equal weights).
+    Under `torch.distributed` each process passes the features of its share of the batch and gets the salience of the
+    whole batch, however unevenly it is split. That costs one all-reduce for all stages together; entropy needs a
+    second one for the range of its bins, and bn_scale none, since the processes hold the same weights.
 
     Args:
-        features: one (N, C_l, H_l, W_l) tensor per stage.
-        metric: which metric scores the channels.
-        p: the norm of ``lp``, 1 or 2.
-        norms: one BatchNorm per stage, for ``bn_scale``: see `tffd_zoo.stages.stage_norms`.
-        images: score only the first ``images`` samples of each process; all by default.
+        features: one (N, C_l, H_l, W_l) tensor for every stage.
+        metric: how to score the channels.
+        p: 1 or 2, for lp.
+        norms: one BatchNorm for every stage, for bn_scale (`tffd_zoo.stages.stage_norms` finds them).
+        images: score only the first so many images of the whole batch, where each process holds an equal share of it.
 
     Returns:
-        One (C_l,) float32 tensor per stage.
+        One (C_l,) float32 tensor for every stage.
 
     Raises:
-        ValueError: for an unknown metric, an ``images`` below 1, or ``bn_scale`` without one norm per stage.
+        ValueError: if the metric is unknown, `p` or `images` cannot be, or bn_scale has not one norm for every stage.
     """
     if metric not in get_args(SalienceMetric):
-        raise ValueError(f"{metric!r} is not a salience metric: choose one of {', '.join(get_args(SalienceMetric))}.")
+        raise ValueError(f"unknown salience '{metric}'; choose one of {', '.join(get_args(SalienceMetric))}")
     if metric == "bn_scale":
         if norms is None or len(norms) != len(features):
             raise ValueError(
-                f"bn_scale needs one BatchNorm per stage, got {0 if norms is None else len(norms)} for {len(features)} "
-                "stages: pass norms=tffd_zoo.stages.stage_norms(model, stages, input_size)."
+                f"bn_scale needs one BatchNorm for each of the {len(features)} stages and got "
+                f"{'none' if norms is None else len(norms)}: pass norms=stage_norms(model, stages, input_size)"
             )
         return [bn_scale(norm) for norm in norms]
     if images is not None:
         if images < 1:
-            raise ValueError(f"images={images} leaves nothing to score: give 1 or more, or None for the whole batch.")
-        features = [feature[:images] for feature in features]
+            raise ValueError(f"images={images} leaves nothing to score; give 1 or more, or None for the whole batch")
+        features = _first_of_whole_batch(features, images)
 
     if metric == "entropy":
         return _stage_entropy(features)
@@ -133,56 +145,109 @@ def stage_salience(
     return _mean_over_processes(sums, features[0].shape[0])
 
 
+def _first_of_whole_batch(features: Sequence[Tensor], images: int) -> list[Tensor]:
+    held_before = dist.get_rank() * features[0].shape[0] if _is_distributed() else 0
+    return [feature[: max(0, images - held_before)] for feature in features]
+
+
+def _mean_over_processes(sums: Sequence[Tensor], samples: int) -> list[Tensor]:
+    if not _is_distributed():
+        return [each / samples for each in sums]
+    flat = torch.cat([*sums, sums[0].new_full((1,), samples)])
+    dist.all_reduce(flat)
+    return list((flat[:-1] / flat[-1]).split([each.numel() for each in sums]))
+
+
+def _stage_entropy(features: Sequence[Tensor], bins: int = 10) -> list[Tensor]:
+    channels = [feature.shape[1] for feature in features]
+    features = [_contiguous_float(feature) for feature in features]
+    extremes = torch.cat([_extremes(feature) for feature in features], dim=1)
+    if _is_distributed():
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    ranges = extremes.split(channels, dim=1)
+    counts = torch.cat(
+        [
+            _histogram(feature, -minus_low, high, bins)
+            for feature, (high, minus_low) in zip(features, ranges, strict=True)
+        ]
+    )
+    if _is_distributed():
+        dist.all_reduce(counts)
+    return list(_entropy_of_counts(counts).split(channels))
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+# --- sums over the samples of one process: (N, C, H, W) -> (C,) -------------------------------------------------------
+
+
 def _sum_lp(features: Tensor, p: int) -> Tensor:
-    if p not in (1, 2):
-        raise ValueError(f"lp salience is defined for p = 1 and p = 2, got p={p}.")
-    return torch.linalg.vector_norm(features, p, dim=(2, 3), dtype=torch.float32).sum(0)
+    if p == 1:
+        return features.float().abs().sum((2, 3)).sum(0)
+    if p == 2:
+        return _l2_norms(features).sum(0)
+    raise ValueError(f"salience 'lp' knows p=1 and p=2, not p={p}")
 
 
 def _sum_spread(features: Tensor) -> Tensor:
-    length = torch.linalg.vector_norm(features, 2, dim=(2, 3), dtype=torch.float32)
-    # The scaled map is never formed: its mean is the map's mean over the map's length (1e-12 guards a map of zeros).
-    return (features.mean((2, 3), dtype=torch.float32) / length.clamp(min=1e-12)).sum(0)
+    # mean(F / ||F||) = mean(F) / ||F||: no normalised copy. The bound keeps a map of zeros at 0, as F.normalize does.
+    return (features.mean((2, 3), dtype=torch.float32) / _l2_norms(features).clamp_min(1e-12)).sum(0)
 
 
 def _sum_hrank(features: Tensor) -> Tensor:
     return torch.linalg.matrix_rank(features.float()).sum(0, dtype=torch.float32)
 
 
+def _l2_norms(features: Tensor) -> Tensor:
+    """l2 norm of every map, (N, C, H, W) -> (N, C)."""
+    features = features.float()
+    if features.is_contiguous():
+        return torch.linalg.vector_norm(features, dim=(2, 3))
+    # Over a strided map (channels_last) that reduction is not vectorised; two passes take half its time.
+    return features.square().sum((2, 3)).sqrt()
+
+
+# --- histograms -------------------------------------------------------------------------------------------------------
+
+_COUNTER_BITS = 6
+_COUNTER_MAX = 2**_COUNTER_BITS - 1
+
+
+def _contiguous_float(features: Tensor) -> Tensor:
+    return (
+        features.float().contiguous()
+    )  # the passes over a strided map (channels_last) would cost far more than a copy
+
+
+def _extremes(features: Tensor) -> Tensor:
+    """(N, C, H, W) -> (2, C): every channel's maximum and negated minimum, so that one MAX reduction serves both."""
+    if features.shape[0] == 0:  # this process has no part in the images scored
+        return features.new_full((2, features.shape[1]), -torch.inf)
+    return torch.stack([features.amax((0, 2, 3)), -features.amin((0, 2, 3))])
+
+
 def _histogram(features: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """(N, C, H, W) -> (C, bins): how many of a channel's values fall into each equal bin from low to high."""
-    width = ((high - low) / bins).clamp(min=torch.finfo(torch.float32).tiny)
-    shape = (1, -1, 1, 1)
-    bin_index = ((features.float() - low.view(shape)) / width.view(shape)).clamp(0, bins - 1).long()
-    channel_offset = torch.arange(low.numel(), device=features.device).mul(bins).view(shape)
-    counts = torch.bincount((bin_index + channel_offset).flatten(), minlength=low.numel() * bins)
-    return counts.view(-1, bins)
+    """(N, C, H, W) -> (C, bins): how many of a channel's values lie in each of the equal bins from low to high.
+
+    The bins of one place in the map share an int64, six bits for each. Adding up 63 samples then counts in all bins at
+    once and cannot overflow: no sorting, no scattering, no wait for the device, and every pass vectorised.
+    """
+    if not 1 <= bins <= 64 // _COUNTER_BITS:
+        raise ValueError(f"entropy counts in 1 to {64 // _COUNTER_BITS} bins, not in {bins}")
+    low, high = low.view(1, -1, 1, 1), high.view(1, -1, 1, 1)
+    width = ((high - low) / bins).clamp_min(torch.finfo(torch.float32).tiny)  # a constant channel: all in bin 0
+    one = torch.ones((), dtype=torch.int64, device=features.device)
+    packed = []
+    for samples in features.split(_COUNTER_MAX):
+        index = torch.sub(samples, low).div_(width).clamp_(max=bins - 1).long()
+        packed.append(torch.bitwise_left_shift(one, index.mul_(_COUNTER_BITS), out=index).sum(0))
+    shifts = torch.arange(bins, device=features.device) * _COUNTER_BITS
+    counts = (torch.stack(packed).unsqueeze(-1) >> shifts) & _COUNTER_MAX
+    return counts.sum((0, 2, 3))
 
 
-def _entropy_of(counts: Tensor) -> Tensor:
-    share = counts.float() / counts.sum(1, keepdim=True)
-    return torch.special.entr(share).sum(1)
-
-
-def _stage_entropy(features: Sequence[Tensor], bins: int = 10) -> list[Tensor]:
-    channels = [feature.shape[1] for feature in features]
-    extremes = torch.cat([e for f in features for e in (f.amax((0, 2, 3)).float(), -f.amin((0, 2, 3)).float())])
-    if _distributed():
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    ranges = iter(extremes.split([c for c in channels for _ in range(2)]))
-    counts = torch.cat([_histogram(f, high=next(ranges), low=-next(ranges), bins=bins) for f in features])
-    if _distributed():
-        dist.all_reduce(counts)
-    return [_entropy_of(c) for c in counts.split(channels)]
-
-
-def _mean_over_processes(sums: Sequence[Tensor], samples: int) -> list[Tensor]:
-    if not _distributed():
-        return [s / samples for s in sums]
-    flat = torch.cat([*sums, sums[0].new_tensor([samples])])
-    dist.all_reduce(flat)
-    return list((flat[:-1] / flat[-1]).split([s.numel() for s in sums]))
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _entropy_of_counts(counts: Tensor) -> Tensor:
+    """(C, bins) -> (C,)."""
+    return torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
