@@ -211,9 +211,14 @@ def _result_row(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]
         f"{metrics['top5']:.2f}",
         f"{metrics['nll']:.4f}",
         f"{metrics['ece']:.2f}",
-        str(recipe["optim"]["epochs"]),
+        f"{_trained_epochs(recipe, metrics):g}",
         str(recipe["run"]["seed"]),
     ]
+
+
+def _trained_epochs(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> float:
+    """Length of the run, which may have been cut short of what its recipe says."""
+    return metrics.get("trained_epochs", recipe["optim"]["epochs"])
 
 
 def _unequal_settings(recipe: Mapping[str, Any], twin: Mapping[str, Any]) -> list[str]:
@@ -240,8 +245,10 @@ def _training(info: CardInfo) -> str:
     if schedule == "multistep":
         milestones = ", ".join(f"{share * optim['epochs']:g}" for share in optim["milestones"])
         schedule += f", x{optim['decay_rate']:g} at epochs {milestones}"
+    trained = _trained_epochs(info.recipe, info.metrics)
+    cut_short = "" if trained == optim["epochs"] else f" (stopped after {trained:.3g})"
     lines = [
-        f"recipe `{info.recipe['name']}`: {optim['epochs']} epochs, {batch}",
+        f"recipe `{info.recipe['name']}`: {optim['epochs']} epochs{cut_short}, {batch}",
         f"optimizer {optim['opt']}, learning rate {optim['lr']:g} ({schedule}), "
         f"weight decay {optim['weight_decay']:g}, label smoothing {optim['label_smoothing']:g}",
         f"augmentation {data['augment']}; split `{data['train_split']}` of {info.dataset.name}",
@@ -258,40 +265,47 @@ def _evaluation(info: CardInfo) -> str:
     evaluation, metrics = info.metrics["evaluation"], info.metrics
     preprocessing = info.config["pretrained_cfg"]
     height, width = preprocessing["input_size"][-2:]
+    held_out = bool(evaluation.get("held_out"))
+    images = f"{metrics['images']:,} images{' held out of' if held_out else ','} split `{evaluation['split']}`"
     lines = [
-        f"split `{evaluation['split']}` of {info.dataset.name}, {metrics['images']:,} images, each once",
+        f"{images} of {info.dataset.name}, each once",
         f"{height} x {width} pixels, {preprocessing['interpolation']} resizing, crop {preprocessing['crop_pct']:g} "
         f"({preprocessing['crop_mode']})",
         "NLL in nats; ECE in 15 equal-width bins of confidence",
     ]
-    if metrics.get("weights") == "last":
-        lines.append(f"weights of the last epoch ({metrics['epoch']})")
-    elif metrics.get("weights") == "best":
-        lines.append(
-            f"weights of the best epoch ({metrics['epoch']}), chosen by top-1 on `{info.recipe['data']['eval_split']}`"
-        )
+    if "weights" in metrics:
+        which, _, ema = metrics["weights"].partition("_")
+        average = "moving average of the " if ema else ""
+        chosen = ", chosen by top-1" if which == "best" else ""
+        lines.append(f"{average}weights of the {which} epoch ({metrics['epoch']:g}){chosen}")
+    if held_out:
+        return _bullets(lines)
     source = f"hf-hub:{info.repo}" if info.repo else "local-dir:FOLDER"
-    command = (
-        f"python -m tffd_zoo.eval {source} --data {info.dataset.hub_id or info.recipe['data']['source']} "
-        f"--split {evaluation['split']}"
-    )
-    return _bullets(lines) + f"\n\nRepeat it: `{command}`"
+    data = info.dataset.hub_id or info.recipe["data"]["source"]
+    command = f"python -m tffd_zoo.eval {source} --data {data} --split {evaluation['split']}"
+    return f"{_bullets(lines)}\n\nRepeat it: `{command}`"
 
 
 def _limits(info: CardInfo) -> str:
-    data, metrics = info.recipe["data"], info.metrics
     lines = ["One run with one seed: no mean, no spread, no significance."]
-    if (
-        metrics.get("weights") == "best"
-        and data["eval_split"] == metrics["evaluation"]["split"]
-        and not data["holdout"]
-    ):
+    if _chosen_on_its_test(info):
         lines.append("The best epoch was chosen on the very images that the figures are from, which flatters them.")
     lines += [
         f"Nothing outside {info.dataset.name}: no other images, no shift, no corruption, no transfer to other tasks.",
         "No check of how errors fall on groups of people or kinds of images.",
     ]
     return _bullets(lines)
+
+
+def _chosen_on_its_test(info: CardInfo) -> bool:
+    """Whether the figures are from the images by which the epoch was chosen."""
+    data, evaluation = info.recipe["data"], info.metrics["evaluation"]
+    chosen_on = data["train_split"] if data["holdout"] else data["eval_split"]
+    return (
+        info.metrics.get("weights", "last").startswith("best")
+        and evaluation["split"] == chosen_on
+        and evaluation.get("held_out", 0) == data["holdout"]
+    )
 
 
 def _licence(info: CardInfo) -> str:

@@ -24,13 +24,13 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import is_model, parse_model_name, split_model_name_tag
 from torch import nn
 
-import tffd_zoo.models  # noqa: F401 (registers the zoo's architectures with timm)
-from tffd_zoo.atomic import replacing_file
-from tffd_zoo.cards import markdown_table
-from tffd_zoo.cli import run_cli
-from tffd_zoo.data import ImageSource, ImageSpec, Loader, eval_loader, open_source
-from tffd_zoo.evaluation import evaluate, evaluation_record
-from tffd_zoo.export import SUMS, verify_export
+from . import models  # noqa: F401 (registers the zoo's architectures with timm)
+from .atomic import replacing_file
+from .cards import markdown_table
+from .cli import run_cli
+from .data import ImageSource, ImageSpec, Loader, eval_loader, open_source
+from .evaluation import evaluate, evaluation_record
+from .export import SUMS, verify_export
 
 _logger = logging.getLogger(__name__)
 

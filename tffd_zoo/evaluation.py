@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from tffd_zoo.data import ImageSource, ImageSpec
+    from .data import ImageSource, ImageSpec
 
 CALIBRATION_BINS = 15
 

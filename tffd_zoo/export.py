@@ -14,21 +14,25 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
+import tyro
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from timm.models import split_model_name_tag
 from timm.models._hub import save_config_for_hf
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from tffd_zoo._version import __version__
-from tffd_zoo.atomic import replacing_folder, restore_folder
-from tffd_zoo.cards import LICENSE, CardInfo, Twin, render_card
-from tffd_zoo.evaluation import EvalResult
+from ._version import __version__
+from .atomic import replacing_folder, restore_folder
+from .cards import LICENSE, CardInfo, Twin, render_card
+from .cli import run_cli
+from .evaluation import EvalResult, model_cost
+from .models import tffd_imagenet
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -41,9 +45,11 @@ SUMS = "SHA256SUMS"
 REQUIRED_FILES = (WEIGHTS, CONFIG, RECIPE, METRICS, CARD)
 METRIC_KEYS = {field.name for field in dataclasses.fields(EvalResult)} | {"params", "macs", "evaluation"}
 
-TIMM_ARCHITECTURES = {f"tffd_resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50)}
 NOT_TIMMS_WEIGHTS = dict.fromkeys(("origin_url", "paper_name", "paper_ids", "description", "notes"))
 """What an architecture's config says of the weights that timm has for it, and not of ours."""
+
+
+RunWeights = Literal["last", "best", "last_ema", "best_ema"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,11 @@ class ExportInfo:
     @property
     def weights(self) -> Path:
         return self.folder / WEIGHTS
+
+    @property
+    def loading_line(self) -> str:
+        """The line of Python that loads it."""
+        return f'timm.create_model("local-dir:{self.folder}", pretrained=True)'
 
 
 def export(
@@ -102,8 +113,8 @@ def export(
         recipe: the resolved recipe of the run, as `Recipe.to_dict` gives it. Here and in `metrics` and `environment`,
             local paths are cut down to their last part: an export is made to be published.
         metrics: figures of these weights, ready for JSON: the fields of `EvalResult`, `params`, `macs`, and
-            `evaluation` with the settings that they were measured at (`data`, `split`, ...); `weights` (`last` or
-            `best`) and `epoch` where known.
+            `evaluation` with the settings that they were measured at (`data`, `split`, ...), as `evaluation_record`
+            gives them; where known, which `weights` of the run they are, their `epoch`, and `trained_epochs`.
         label_names: one per class, in the order of the logits.
         data_config: preprocessing for evaluation in timm's words (input_size, mean, std, interpolation, crop_pct,
             crop_mode); what is absent comes from the model's own config.
@@ -132,6 +143,7 @@ def export(
 
     recipe, metrics, environment = (_without_local_paths(value) for value in (recipe, metrics, environment))
     recipe_json = _to_json(recipe)
+    timms_own = architecture in tffd_imagenet.ARCHITECTURES
     provenance = {
         "architecture": architecture,
         "tag": tag,
@@ -148,7 +160,7 @@ def export(
                 "tffd_zoo": provenance,
                 "pretrained_cfg": {
                     **NOT_TIMMS_WEIGHTS,
-                    "architecture": TIMM_ARCHITECTURES.get(architecture, architecture),
+                    "architecture": architecture.removeprefix("tffd_") if timms_own else architecture,
                     "tag": tag,
                     "license": LICENSE,
                 },
@@ -164,6 +176,70 @@ def export(
         _write_card(aside, twin=twin)
         _check_reload(aside, tensors)
     return verify_export(folder)
+
+
+def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str | None = None) -> ExportInfo:
+    """Export the weights of a training run, with the figures that it recorded for them.
+
+    Args:
+        run: folder of the run.
+        weights: those of the last epoch or of the best evaluation, or their moving averages.
+        folder: where to; `RUN/export` when not given.
+
+    Raises:
+        FileNotFoundError: `run` is no run, or has no such weights (yet).
+        ValueError: the weights are not those of the recipe's model.
+    """
+    run = Path(run)
+    which, _, ema = weights.partition("_")
+    file = run / "weights" / f"{weights}.safetensors"
+    for needed in (run / RECIPE, run / "data.json", run / "metrics.jsonl", file):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{run} is not a run that can be exported: it has no {needed.relative_to(run)}")
+    recipe, data, environment = (_read_json(run / name) for name in (RECIPE, "data.json", ENVIRONMENT))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    prefix = "ema_" if ema else ""
+    record = evaluations[-1] if which == "last" else max(evaluations, key=lambda record: record[f"{prefix}top1"])
+
+    with torch.random.fork_rng(devices=[]):
+        model = timm.create_model(recipe["model"], num_classes=len(data["label_names"]))
+    try:
+        model.load_state_dict(load_file(file))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{file} does not hold the weights of {recipe['model']}: {error}") from error
+    params, macs = model_cost(model, data["spec"]["input_size"])
+    metrics = {
+        **{field.name: record[prefix + field.name] for field in dataclasses.fields(EvalResult)},
+        "params": params,
+        "macs": macs,
+        "weights": weights,
+        "epoch": record["epoch"],
+        "trained_epochs": evaluations[-1]["epoch"],
+        "evaluation": {
+            "data": data["source"],
+            "revision": data["revision"],
+            **{key: data["eval"][key] for key in ("split", "fingerprint")},
+            "held_out": recipe["data"]["holdout"],
+            **data["spec"],
+            "precision": recipe["run"]["precision"],
+            "device": environment["device"],
+            **{key: environment["packages"][key] for key in ("torch", "timm")},
+        },
+    }
+    curves = run / CURVES
+    return export(
+        model,
+        folder or run / "export",
+        architecture=split_model_name_tag(recipe["model"])[0],
+        tag=recipe["tag"],
+        recipe=recipe,
+        metrics=metrics,
+        label_names=data["label_names"],
+        data_config=data["spec"],
+        environment=environment,
+        curves=curves if curves.exists() else None,
+    )
 
 
 def verify_export(folder: Path | str) -> ExportInfo:
@@ -298,3 +374,25 @@ def _check_reload(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             "timm does not rebuild this model from its config; make it with timm.create_model, and give what was "
             "changed afterwards as arguments there"
         )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export the weights of a training run to a folder that timm loads."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    weights: RunWeights = "last"
+    """Weights of the last epoch or of the best evaluation, or their moving averages."""
+    out: Path | None = None
+    """Where to; RUN/export when not given. An earlier export there is replaced."""
+
+
+def main(config: ExportConfig) -> None:
+    """Export what `config` names and say how to load it."""
+    info = export_run(config.run, config.weights, config.out)
+    print(f"{info.name}, top-1 {info.metrics['top1']:.2f} %\nload it: {info.loading_line}")
+
+
+if __name__ == "__main__":
+    run_cli(main, ExportConfig)
