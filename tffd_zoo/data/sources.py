@@ -12,15 +12,17 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
+
+from .workers import WorkerPool, default_workers
 
 if TYPE_CHECKING:
     import datasets
@@ -41,8 +43,9 @@ SPLIT_FOLDERS = {
 }
 """Names that the subfolder of a split may have in a folder of images, as `datasets` reads them."""
 
-DATA_FILES = (".parquet", ".arrow", ".tar", ".zip", ".jsonl", ".csv")
-"""A folder with one of these files, itself or one level down, is read by `datasets`; any other by class folders."""
+TABLE_SUFFIXES = {".parquet", ".arrow"}
+METADATA_FILES = {"metadata.csv", "metadata.jsonl"}
+"""A folder where one of these comes before any image is read by `datasets`; one with images alone, by class folders."""
 
 
 class UnreadableImageError(ValueError):
@@ -110,7 +113,7 @@ class _InMemory:
         return f"image {row} of {self.name}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSource:
     """Images and labels of one split. Subsets share the storage of the source they came from.
 
@@ -165,8 +168,9 @@ class ImageSource:
             with Image.open(io.BytesIO(self.image_bytes(index))) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
             raise UnreadableImageError(
-                f"cannot read {self.where(index)}: {error}; replace or remove it, or skip such images with "
+                f"cannot read {self.where(index)}: {reason}; replace or remove it, or skip such images with "
                 "--skip-unreadable"
             ) from error
 
@@ -213,10 +217,10 @@ def open_source(
     if data == DIGITS:
         source = _open_digits(split)
     elif os.path.isdir(data):
-        if _holds_data_files(Path(data)):
-            source = _open_dataset(data, split, image_column, label_column, None, cache_dir)
+        if _is_image_folder(data):
+            source = _open_class_folders(data, split)
         else:
-            source = _open_class_folders(Path(data), split)
+            source = _open_dataset(data, split, image_column, label_column, None, cache_dir)
     elif os.path.exists(data):
         raise ValueError(f"{data} is a file; give the folder that holds the data")
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data):
@@ -284,41 +288,55 @@ def _png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _holds_data_files(folder: Path) -> bool:
-    return any(path.suffix in DATA_FILES for pattern in ("*", "*/*") for path in folder.glob(pattern))
+def _is_image_folder(folder: str) -> bool:
+    """Whether class folders are what `folder` holds, rather than something for `datasets`."""
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    empty = True
+    for _, _, names in os.walk(folder, followlinks=True):
+        suffixes = {os.path.splitext(name)[1].lower() for name in names}
+        if suffixes & TABLE_SUFFIXES or METADATA_FILES & set(names):
+            return False
+        if suffixes & get_img_extensions(as_set=True):
+            return True
+        empty = empty and not names
+    if empty:
+        raise FileNotFoundError(f"{folder} is empty; give --data a folder of images or parquet")
+    return False
 
 
-def _open_class_folders(folder: Path, split: str) -> ImageSource:
+def _open_class_folders(data: str, split: str) -> ImageSource:
     from timm.data.readers.reader_image_folder import find_images_and_targets
-
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    split_of = {name: split_name for split_name, aliases in SPLIT_FOLDERS.items() for name in aliases}
-    split_folders = {split_of[name.lower()]: folder / name for name in names if name.lower() in split_of}
-    if not split_folders:
-        split_folders = {"train": folder}
-    if split not in split_folders:
-        raise _no_such_split(str(folder), split, list(split_folders))
-    # One numbering for all splits: a class that one split lacks must not shift the others. With no class_to_idx given,
-    # timm numbers the classes in natural order.
-    leaf_names = {name: 0 for path in split_folders.values() for name in find_images_and_targets(str(path))[1]}
-    if not leaf_names:
-        raise FileNotFoundError(f"{folder} holds neither images nor parquet; give --data a folder that does")
     from timm.utils.misc import natural_key
 
-    class_to_idx = {name: index for index, name in enumerate(sorted(leaf_names, key=natural_key))}
-    if "" in class_to_idx:
-        raise ValueError(f"{split_folders[split]} holds images outside class folders; put each into a folder per class")
-    samples, _ = find_images_and_targets(str(split_folders[split]), class_to_idx=class_to_idx)
+    folders = {name: path for name, aliases in SPLIT_FOLDERS.items() for path in _subfolders(data, aliases)}
+    folders = folders or {"train": data}
+    if split not in folders:
+        raise _no_such_split(data, split, folders)
+    # Classes are numbered over all splits: one that a split lacks must not shift the others.
+    paths = {name: [path for path, _ in find_images_and_targets(folder)[0]] for name, folder in folders.items()}
+    classes = {
+        os.path.dirname(path): os.path.basename(os.path.dirname(path)) for found in paths.values() for path in found
+    }
+    for folder in folders.values():
+        if folder in classes:
+            raise ValueError(f"{folder} holds images outside class folders; move them into one subfolder per class")
+    label_names = sorted(sorted(set(classes.values())), key=natural_key)  # timm's order; A before a, which it ties
+    index_of = {name: index for index, name in enumerate(label_names)}
     return ImageSource(
-        name=str(folder),
+        name=data,
         split=split,
-        images=_ImageFiles([path for path, _ in samples]),
-        rows=torch.arange(len(samples)),
-        labels=torch.tensor([target for _, target in samples], dtype=torch.int64),
-        label_names=tuple(class_to_idx),
+        images=_ImageFiles(paths[split]),
+        rows=torch.arange(len(paths[split])),
+        labels=torch.tensor([index_of[classes[os.path.dirname(path)]] for path in paths[split]], dtype=torch.int64),
+        label_names=tuple(label_names),
         image_column="file",
         label_column="folder",
     )
+
+
+def _subfolders(folder: str, names: Sequence[str]) -> list[str]:
+    return [entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name.lower() in names]
 
 
 def _open_dataset(
@@ -331,38 +349,33 @@ def _open_dataset(
 ) -> ImageSource:
     import datasets
 
-    builder = datasets.load_dataset_builder(data, revision=revision, cache_dir=cache_dir)
-    data_files = {str(name): list(files) for name, files in builder.config.data_files.items()}
-    if split not in data_files:
-        raise _no_such_split(data, split, list(data_files))
-    rows = datasets.load_dataset(
-        data,
-        data_files={split: data_files[split]},
-        split=split,
-        revision=revision,
-        cache_dir=cache_dir,
-        verification_mode="no_checks",
-    )
+    if os.path.isdir(data):
+        builder = _local_builder(data)
+        files, revision = _files_of_split(builder, split, data), None
+    else:
+        builder, files, revision = _download_split(data, split, revision)
+    try:
+        rows = datasets.load_dataset(
+            builder.name, data_files=files, features=builder.info.features, split=split, cache_dir=cache_dir
+        )
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"split {split} of {data} cannot be read: {error.__cause__ or error}; is one of its files damaged?"
+        ) from error
     image_column = _find_image_column(rows.features, image_column, data)
     label_column = _find_label_column(rows.features, label_column, data)
-    feature = rows.features[label_column]
-    labels = _read_labels(rows, label_column, data)
-    if isinstance(feature, datasets.ClassLabel):
-        label_names = tuple(feature.names)
-    else:
-        label_names = tuple(str(label) for label in range(int(labels.max()) + 1))
-    outside = ((labels < 0) | (labels >= len(label_names))).nonzero()
-    if len(outside):
-        row = int(outside[0])
+    labels, label_names = _read_labels(rows, label_column, data, split)
+    try:
+        images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"split {split} of {data} has label {int(labels[row])} at row {row}, outside its {len(label_names)} "
-            f"classes ({len(outside)} such rows); choose a labelled split, or another column with --label-column"
-        )
-    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+            f"column {image_column} of {data} holds {rows.features[image_column]}, not images; "
+            "name another with --image-column"
+        ) from error
     return ImageSource(
         name=data,
         split=split,
-        images=_DatasetRows(rows, image_column, f"split {split} of {data}"),
+        images=_DatasetRows(images, image_column, f"split {split} of {data}"),
         rows=torch.arange(len(labels)),
         labels=labels,
         label_names=label_names,
@@ -372,33 +385,111 @@ def _open_dataset(
     )
 
 
-def _read_labels(rows: datasets.Dataset, column: str, data: str) -> Tensor:
-    values = rows.with_format("arrow")[:][column]
-    if values.null_count:
-        raise ValueError(f"column {column} of {data} has {values.null_count} empty labels; fill or remove those rows")
-    return torch.from_numpy(values.to_numpy().astype("int64"))
+def _local_builder(folder: str) -> datasets.DatasetBuilder:
+    import datasets
+    from datasets.data_files import get_data_patterns
+
+    try:
+        try:
+            return datasets.load_dataset_builder(folder)
+        except ValueError:  # part of a Hub repository, whose README names splits that are not here: go by file names
+            return datasets.load_dataset_builder(folder, data_files=get_data_patterns(folder))
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{folder} is not laid out as `datasets` reads it: {error}") from error
+
+
+def _files_of_split(builder: datasets.DatasetBuilder, split: str, data: str) -> dict[str, list[str]]:
+    files = {str(name): list(paths) for name, paths in (builder.config.data_files or {}).items() if paths}
+    if split not in files:
+        raise _no_such_split(data, split, files)
+    # the classes of an image folder are the names of its subfolders: one split alone might lack some
+    return files if builder.name == "imagefolder" else {split: files[split]}
+
+
+def _download_split(
+    data: str, split: str, revision: str | None
+) -> tuple[datasets.DatasetBuilder, dict[str, list[str]], str]:
+    """Download the files of one split of a Hub data set into the Hub's cache, or find them there without the Hub.
+
+    Returns:
+        How they are read, their paths by split, and the commit that they are of.
+    """
+    import datasets
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        # The README settles which commit is read, before any file is listed; with no Hub, the newest one in the cache.
+        snapshot = snapshot_download(data, repo_type="dataset", revision=revision, allow_patterns="README.md")
+        commit = Path(snapshot).name
+        try:
+            builder = datasets.load_dataset_builder(data, revision=commit)
+        except ConnectionError:
+            builder = None
+        if builder is None or builder.config.data_files is None:  # without the Hub: what the cache holds of it
+            builder = _local_builder(snapshot)
+            return builder, _files_of_split(builder, split, f"{data} in the local cache"), commit
+        prefix = f"hf://datasets/{data}@{commit}/"
+        files = {
+            name: [path.removeprefix(prefix) for path in paths]
+            for name, paths in _files_of_split(builder, split, data).items()
+        }
+        snapshot = snapshot_download(
+            data,
+            repo_type="dataset",
+            revision=commit,
+            allow_patterns=[path for paths in files.values() for path in paths],
+        )
+        return (
+            builder,
+            {name: [os.path.join(snapshot, path) for path in paths] for name, paths in files.items()},
+            commit,
+        )
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{data} has no revision {revision} on the Hub") from error
+    except LocalEntryNotFoundError as error:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        raise ValueError(
+            f"{data} is neither a folder nor in the local cache, and {reason}.\n"
+            "Give a folder with --data FOLDER, or run once where the Hub can be reached."
+        ) from error
+    except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise ValueError(
+            f"{data} is no folder, and on the Hub it is gated, private or missing. Log in with `hf auth login` and\n"
+            f"accept the terms at {constants.ENDPOINT}/datasets/{data}, or give a copy on disk with --data FOLDER"
+        ) from error
 
 
 def _find_image_column(features: datasets.Features, wanted: str | None, data: str) -> str:
     import datasets
 
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    return _choose_column(images, wanted, list(features), data, "image")
+    images = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+    ]
+    return _choose_column("image", images, wanted, list(features), data)
 
 
 def _find_label_column(features: datasets.Features, wanted: str | None, data: str) -> str:
+    labels = [name for name, feature in features.items() if _holds_classes(feature)]
+    preferred = [name for name in LABEL_COLUMNS if name in labels]
+    column = _choose_column("label", preferred[:1] or labels, wanted, list(features), data)
+    if column not in labels:
+        raise ValueError(
+            f"column {column} of {data} holds {features[column]}, not classes (ClassLabel or integers); "
+            f"name another with --label-column: {', '.join(labels)}"
+        )
+    return column
+
+
+def _holds_classes(feature: object) -> bool:
     import datasets
 
-    labels = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, datasets.ClassLabel) or (isinstance(feature, datasets.Value) and "int" in feature.dtype)
-    ]
-    preferred = [name for name in LABEL_COLUMNS if name in labels]
-    return _choose_column(preferred[:1] or labels, wanted, list(features), data, "label")
+    return isinstance(feature, datasets.ClassLabel) or (isinstance(feature, datasets.Value) and "int" in feature.dtype)
 
 
-def _choose_column(suitable: list[str], wanted: str | None, existing: list[str], data: str, kind: str) -> str:
+def _choose_column(kind: str, suitable: list[str], wanted: str | None, existing: list[str], data: str) -> str:
     if wanted is not None:
         if wanted not in existing:
             raise ValueError(f"{data} has no column {wanted}; it has {', '.join(existing)}")
@@ -409,23 +500,58 @@ def _choose_column(suitable: list[str], wanted: str | None, existing: list[str],
     return suitable[0]
 
 
+def _read_labels(rows: datasets.Dataset, column: str, data: str, split: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the class of every row and the names of the classes."""
+    import datasets
+
+    values = rows.with_format("arrow")[:][column]
+    if values.null_count:
+        raise ValueError(
+            f"column {column} of split {split} of {data} lacks {values.null_count} labels; fill or remove those rows"
+        )
+    labels = torch.from_numpy(values.to_numpy().astype("int64"))
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names = tuple(feature.names)
+    else:
+        names = tuple(map(str, range(int(labels.max()) + 1)))
+    outside = ((labels < 0) | (labels >= len(names))).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(
+            f"split {split} of {data} has label {int(labels[row])} in row {row}, outside its {len(names)} classes "
+            f"({len(outside)} such rows); choose a labelled split, or another column with --label-column"
+        )
+    return labels, names
+
+
 def _no_such_split(data: str, split: str, existing: Iterable[str]) -> ValueError:
     return ValueError(f"{data} has no split {split}; it has {', '.join(existing)}")
 
 
 def _without_unreadable(source: ImageSource) -> ImageSource:
-    def readable(index: int) -> bool:
+    chunks = torch.arange(len(source)).split(1024)
+    pool = WorkerPool(partial(_readable, source), default_workers() if len(chunks) > 1 else 0)
+    kept: list[int] = []
+    with tqdm(total=len(source), desc="check images", unit="image", leave=False, disable=None) as bar:
+        for chunk, readable in zip(chunks, pool.map(chunks), strict=True):
+            kept += readable
+            bar.update(len(chunk))
+    skipped = len(source) - len(kept)
+    if skipped:
+        _logger.warning(
+            "skipped %d unreadable images of %d in %s (%s)", skipped, len(source), source.name, source.split
+        )
+    return source.subset(kept)
+
+
+def _readable(source: ImageSource, indices: Tensor) -> list[int]:
+    readable = []
+    for index in indices.tolist():
         try:
             source.decode(index)
         except UnreadableImageError as error:
-            _logger.debug("%s", error)
-            return False
-        return True
-
-    with ThreadPoolExecutor() as pool:
-        results = pool.map(readable, range(len(source)))
-        kept = list(tqdm(results, total=len(source), desc="check images", unit="image", leave=False, disable=None))
-    if all(kept):
-        return source
-    _logger.warning("skipped %d unreadable of %d images of %s", kept.count(False), len(source), source.name)
-    return source.subset(torch.tensor(kept).nonzero().squeeze(1))
+            _logger.info("%s", error)
+        else:
+            readable.append(index)
+    return readable
