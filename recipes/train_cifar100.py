@@ -25,7 +25,7 @@ Cost: an epoch of tffd_resnet20 takes about 70 s on two CPU cores.
 from __future__ import annotations
 
 from tffd_zoo.cli import guard
-from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, recipe_from_cli, vary
+from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, recipe_from_cli, vary
 from tffd_zoo.tasks import CANONICAL, REFERENCE, TfFDConfig
 from tffd_zoo.training import train
 

@@ -1,4 +1,4 @@
-"""One way from a typed dataclass to a command: its fields are the flags, its docstrings the help, its errors one line."""
+"""From a typed dataclass to a command: its fields are the flags, its docstrings the help, its errors one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_cli(main: Callable[[ConfigT], None], config: type[ConfigT], args: Sequen
     guard(lambda: main(parsed))
 
 
-def guard(action: Callable[[], None]) -> None:
+def guard(action: Callable[[], object]) -> None:
     """Run `action`; turn what a user can mend into one line and a non-zero exit code."""
     try:
         action()

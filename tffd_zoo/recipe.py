@@ -190,11 +190,11 @@ def recipe_from_cli(presets: Mapping[str, Recipe], description: str, args: Seque
     preset = args.pop(0) if args and not args[0].startswith("-") else next(iter(presets))
     if preset not in presets:
         raise ValueError(f"unknown preset '{preset}'; choose one of {', '.join(presets)}")
-    names = "\n".join(f"  {name}" for name in presets)
+    listing = f"presets (the first argument; the defaults below are those of '{preset}'): {', '.join(presets)}"
     return tyro.cli(
         Recipe,
         args=args,
         default=presets[preset],
-        description=f"{description.strip()}\n\npresets (the first argument; these are the defaults of '{preset}'):\n{names}",
+        description=f"{description.strip()}\n\n{listing}",
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -70,7 +70,7 @@ class StagedModel(nn.Module):
 
     def __init__(self, model: nn.Module, stages: Stages, taps: Sequence[nn.Module] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.indices = list(stages.indices)
         self.tapped = bool(taps)
         self._tapped: list[Tensor] = []
@@ -120,6 +120,11 @@ class DistillationTask(TrainingTask):
         taps: the stages' last activations (`stage_activations`), for features before the activation.
     """
 
+    batches_seen: Tensor
+    loss_weight: Tensor
+    lambdas: Tensor
+    scheduled: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -149,7 +154,7 @@ class DistillationTask(TrainingTask):
 
         # Plain training asks nothing of a model but logits.
         self.trainable_module: nn.Module = model if stages is None else StagedModel(model, stages, taps)
-        self.objectives = nn.ModuleList(objectives)
+        self.objectives: Any = nn.ModuleList(objectives)
         self.criterion = criterion if criterion is not None else create_classification_loss()
         self.stages = stages
         self.schedule = schedule

@@ -118,6 +118,8 @@ class TfFD(Objective):
         norms: for `salience="bn_scale"` the BatchNorm of every stage (`stage_norms`).
     """
 
+    ranked: Tensor
+
     def __init__(self, config: TfFDConfig, stages: Stages, norms: Sequence[nn.Module] | None = None) -> None:
         super().__init__()
         self.config = config
@@ -223,9 +225,9 @@ class TfFDTask(DistillationTask):
         **kwargs: Any,
     ) -> None:
         stages = find_stages(model, config.stages)
-        if input_size is None:
-            input_size = model.pretrained_cfg["input_size"]
-        norms = stage_norms(model, stages, input_size) if config.salience == "bn_scale" else None
+        pretrained_cfg: Any = model.pretrained_cfg
+        size = input_size or pretrained_cfg["input_size"]
+        norms = stage_norms(model, stages, size) if config.salience == "bn_scale" else None
         super().__init__(
             model,
             [TfFD(config, stages, norms), *objectives],
@@ -233,7 +235,7 @@ class TfFDTask(DistillationTask):
             schedule=loss_weight_schedule(config, epochs),
             batches_per_epoch=batches_per_epoch,
             measure_every=config.measure_every,
-            taps=stage_activations(model, stages, input_size) if config.pre_activation else (),
+            taps=stage_activations(model, stages, size) if config.pre_activation else (),
             **kwargs,
         )
         self.config = config

@@ -27,7 +27,9 @@ def draw_curves(runs: Sequence[Path], picture: Path) -> None:
         "intra-layer loss": ("train", "intra"),
         "inter-layer loss": ("train", "inter"),
     }
-    epochs = {run: [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"] for run in runs}
+    epochs = {
+        run: [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"] for run in runs
+    }
     if not any(epochs.values()):
         raise ValueError(f"no finished epoch in {', '.join(map(str, runs))}: there is nothing to draw")
     lines = {

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,13 @@ from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..data import Batch, ImageSource, ImageSpec, Loader, eval_loader, holdout, open_source, train_loader
 from ..data.memory import AUGMENTS
 from ..evaluation import EvalResult, evaluate
-
+from ..export import export_run
 from ..recipe import DataConfig, OptimConfig, Recipe
 from ..tasks import DistillationTask, TfFDTask
 from .curves import draw_curves
@@ -191,8 +191,6 @@ def train(recipe: Recipe) -> Path:
     # --- export -------------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
         draw_curves([folder.path], folder.path / "curves.png")
-        from ..export import export_run
-
         export_run(folder.path, weights=run.weights)
         accelerator.print(f"exported to {folder.path / 'export'}")
     accelerator.wait_for_everyone()
@@ -235,8 +233,8 @@ def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSourc
 def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
     """The layout that the recipe asks for, or the faster one.
 
-    On CPU the narrow CIFAR networks are faster in channels_last and timm's wider ones in NCHW (recipes/benchmark.py); on
-    GPU channels_last pays with mixed precision.
+    On CPU the narrow CIFAR networks are faster in channels_last and timm's wider ones in NCHW; on GPU channels_last pays
+    with mixed precision.
     """
     channels_last = recipe.run.channels_last
     if channels_last is None:
@@ -322,8 +320,9 @@ class _Timer:
         self.images, self.started = 0, time.perf_counter()
 
     def rate(self) -> float:
-        rate = self.images / (time.perf_counter() - self.started)
-        self.__init__()
+        now = time.perf_counter()
+        rate = self.images / (now - self.started)
+        self.images, self.started = 0, now
         return round(rate, 1)
 
 
@@ -334,7 +333,7 @@ def _steps(batches: Loader, progress: Progress, optim: OptimConfig) -> Iterator[
     for position, batch in enumerate(batches.epoch(progress.epoch, start_batch=start), start=start + 1):
         group.append(batch)
         if len(group) == optim.accumulate or position == len(batches):
-            # batch.weight makes an uneven last batch count by its images over the processes; len(images) over the group.
+            # Weighted by images: over the processes by batch.weight, over the group by the batches' sizes.
             images = sum(len(b.targets) / b.weight for b in group)
             yield [(b, len(b.targets) / images, i == len(group) - 1) for i, b in enumerate(group)]
             group = []

@@ -1,9 +1,9 @@
 """What a run keeps on disk: its recipe and environment, a metrics file, checkpoints, weights and the curves.
 
-    recipe.json  environment.json  data.json  metrics.jsonl  curves.png
-    checkpoints/step-00000123/     everything that resumes the run
-    weights/last.safetensors  best.safetensors  last_ema.safetensors  best_ema.safetensors
-    export/                        what timm loads
+recipe.json  environment.json  data.json  metrics.jsonl  curves.png
+checkpoints/step-00000123/     everything that resumes the run
+weights/last.safetensors  best.safetensors  last_ema.safetensors  best_ema.safetensors
+export/                        what timm loads
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Records of a metrics file; a last line that a killed process left unfinished is not one."""
     if not path.exists():
         return []
-    *lines, rest = path.read_text().split("\n")
-    return [json.loads(line) for line in lines if line]
+    finished = path.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in finished.splitlines()]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -187,7 +187,8 @@ def _commit() -> str | None:
     root = Path(__file__).parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,0 +1,28 @@
+# Both targets do all their own set-up, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test lint clean
+
+# Train a Tf-FD student on handwritten digits, export it, load the export with timm and evaluate it. No network data.
+quickstart: .venv/installed
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		recipes/train_cifar100.py quickstart
+	$(BIN)/python -m tffd_zoo.eval local-dir:runs/quickstart-tffd_resnet20-s0/export --data digits --split test
+
+test: lint
+	$(BIN)/pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv
