@@ -327,10 +327,10 @@ def test_an_unknown_release_is_answered_with_those_there_are(manifest_path: Path
 
 
 def test_the_default_tag_is_tf_fd_then_come_the_baselines(manifest_path: Path, weights: Path) -> None:
-    for tag in ("ce_c100", "c100", "kd_c100"):
+    for tag in ("kd_in1k", "ce_in1k", "in1k"):
         add_release(describe(weights, tag=tag))
     cfgs = manifest.default_cfgs(resnets.ARCHITECTURES)
-    assert list(cfgs["tffd_resnet20"].tags) == ["c100", "ce_c100", "kd_c100"]
+    assert list(cfgs["tffd_resnet20"].tags) == ["in1k", "ce_in1k", "kd_in1k"]
     assert list(cfgs["tffd_resnet32"].tags) == [""]
     assert not cfgs["tffd_resnet32"].default.has_weights
 

@@ -386,11 +386,12 @@ def test_gradient_checkpointing_recomputes_every_block(model: nn.Module, images:
     assert len(calls) == 2
 
 
-def test_pruning_keeps_the_maps_asked_for_and_drops_what_follows(name: str, images: Tensor) -> None:
+@pytest.mark.parametrize("prune_head", [False, True])
+def test_pruning_keeps_the_maps_asked_for_and_drops_what_follows(name: str, images: Tensor, prune_head: bool) -> None:
     model = timm.create_model(name).eval()
     _, maps = model.forward_intermediates(images)
     before = sum(p.numel() for p in model.parameters())
-    assert model.prune_intermediate_layers([1, 2]) == [1, 2]
+    assert model.prune_intermediate_layers([1, 2], prune_head=prune_head) == [1, 2]
     pruned = model.forward_intermediates(images, [1, 2], intermediates_only=True)
     assert all(map(torch.equal, maps[1:3], pruned))
     assert sum(p.numel() for p in model.parameters()) < before / 2
