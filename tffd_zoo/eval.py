@@ -20,6 +20,7 @@ import timm
 import torch
 import tyro
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from timm.data.model_config import resolve_input_data_config
 from timm.models import is_model, parse_model_name, split_model_name_tag
 from torch import nn
@@ -83,8 +84,7 @@ def main(config: EvalConfig) -> None:
         raise ValueError("name at least one model, for example tffd_resnet20")
     for name in config.models:
         check_model_name(name)
-    state = PartialState(cpu=config.device == "cpu")
-    device = _device(config.device, state)
+    state, device = _processes_and_device(config.device)
     with state.main_process_first():  # one process downloads, the others find it there
         source = open_source(
             config.data,
@@ -231,13 +231,17 @@ def write_records(records: Sequence[Mapping[str, Any]], json_file: Path | None, 
             writer.writerows(row | record["evaluation"] for row, record in zip(rows, records, strict=True))
 
 
-def _device(wanted: str | None, state: PartialState) -> torch.device:
+def _processes_and_device(wanted: str | None) -> tuple[PartialState, torch.device]:
+    """Join the other processes, if there are any, and find the device of this one."""
+    # Unless told that it is to use CPUs, accelerate leaves processes without a GPU strangers to each other.
+    no_gpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=wanted == "cpu" or (wanted is None and no_gpu))
     if wanted in (None, "cpu"):
-        return state.device
+        return state, state.device
     if state.num_processes > 1:
         raise ValueError(f"each process has a device of its own; leave out --device {wanted}")
     try:
-        return torch.empty(0, device=wanted).device
+        return state, torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {wanted} cannot be used: {str(error).splitlines()[0]}") from error
 
