@@ -141,7 +141,7 @@ def export(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"weight {name!r} is not finite, so there is nothing worth exporting; use earlier weights")
 
-    recipe, metrics, environment = (_without_local_paths(value) for value in (recipe, metrics, environment))
+    recipe, metrics, environment = (without_local_paths(value) for value in (recipe, metrics, environment))
     recipe_json = _to_json(recipe)
     timms_own = architecture in tffd_imagenet.ARCHITECTURES
     provenance = {
@@ -338,12 +338,12 @@ def _write_card(folder: Path, *, twin: Twin | None = None, repo: str | None = No
     write_sums(folder)
 
 
-def _without_local_paths(value: Any) -> Any:
+def without_local_paths(value: Any) -> Any:
     """Cut every path of this machine in `value` down to its last part."""
     if isinstance(value, Mapping):
-        return {key: _without_local_paths(item) for key, item in value.items()}
+        return {key: without_local_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_local_paths(item) for item in value]
+        return [without_local_paths(item) for item in value]
     if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
         return Path(value).name
     return value
