@@ -1,0 +1,197 @@
+"""The two Tf-FD losses: numbers worked out by hand, the readable form as oracle, gradients against autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tffd_zoo.losses import inter_layer_loss, intra_layer_loss, pair_channels, salient_count, stage_pairs
+
+
+def readable_intra(
+    features: list[Tensor], saliences: list[Tensor], ratio: float, detach: bool, reduction: str
+) -> Tensor:
+    """Section by section as the definition reads: order, split, pair modulo K, compare."""
+    losses = []
+    for feature, salience in zip(features, saliences, strict=True):
+        channels = feature.shape[1]
+        order = sorted(range(channels), key=lambda c: -float(salience[c]))
+        k = max(1, int(ratio * channels))
+        salient, redundant = order[:k], order[k:]
+        teachers = [salient[j % k] for j in range(len(redundant))]
+        target = feature[:, teachers].detach() if detach else feature[:, teachers]
+        squared = (feature[:, redundant] - target) ** 2
+        losses.append(squared.mean() if reduction == "mean" else squared.sum() / len(feature))
+    return torch.stack(losses).mean()
+
+
+def test_redundant_channels_learn_from_salient_ones_modulo_k() -> None:
+    salience = torch.tensor([1.0, 5.0, 3.0, 4.0, 2.0])  # order 1, 3 | 2, 4, 0
+    assert pair_channels(salience, 0.5).tolist() == [1, 1, 1, 3, 3]
+    # K = floor(0.2 * 5) = 1: everybody learns from channel 1.
+    assert pair_channels(salience, 0.2).tolist() == [1, 1, 1, 1, 1]
+    assert pair_channels(salience, 1.0).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_ties_keep_channel_order() -> None:
+    assert pair_channels(torch.zeros(6)).tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_single_channel_is_its_own_teacher_and_costs_nothing() -> None:
+    assert salient_count(1) == 1
+    assert intra_layer_loss([torch.randn(2, 1, 3, 3)], [pair_channels(torch.ones(1))]).item() == 0
+
+
+def test_intra_layer_loss_by_hand() -> None:
+    # First stage, 1x1: channel 1 holds 1 and learns 3, (1 - 3)^2 = 4. Second stage: (0 - 2)^2 = 4 and (1 - 5)^2 = 16.
+    first = torch.tensor([[[[3.0]], [[1.0]]]], requires_grad=True)
+    second = torch.tensor([[[[2.0, 5.0]], [[0.0, 1.0]]]], requires_grad=True)
+    teachers = [torch.tensor([0, 0]), torch.tensor([0, 0])]
+    mean = intra_layer_loss([first, second], teachers)
+    assert mean.item() == (4 + (4 + 16) / 2) / 2
+    assert intra_layer_loss([first, second], teachers, reduction="sum").item() == (4 + 20) / 2
+    mean.backward()
+    # d/dx of (x - 3)^2 / 2 at 1 is -2; the salient channel is a fixed target.
+    assert first.grad is not None
+    assert first.grad.flatten().tolist() == [0.0, -2.0]
+    assert second.grad is not None
+    assert second.grad.flatten().tolist() == [0.0, 0.0, -1.0, -2.0]
+
+
+def test_detaching_keeps_the_value_and_the_redundant_gradient_and_zeroes_the_salient_one() -> None:
+    torch.manual_seed(0)
+    feature = torch.randn(3, 6, 4, 4)
+    teacher = pair_channels(torch.randn(6))
+    grads, values = [], []
+    for detach in (True, False):
+        x = feature.clone().requires_grad_()
+        loss = intra_layer_loss([x], [teacher], detach_salient=detach)
+        loss.backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+        values.append(loss.item())
+    redundant = teacher != torch.arange(6)
+    assert values[0] == values[1]
+    assert torch.equal(grads[0][:, redundant], grads[1][:, redundant])
+    assert grads[0][:, ~redundant].abs().max() == 0
+    assert grads[1][:, ~redundant].abs().min() > 0
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "two-way"])
+@pytest.mark.parametrize("ratio", [0.5, 0.3])
+def test_the_lean_intra_loss_equals_the_readable_one_in_double_precision(
+    ratio: float, detach: bool, reduction: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "float", lambda self: self)  # losses run in float32; here the derivation is on trial
+    torch.manual_seed(1)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shapes = [(2, 7, 5, 4), (2, 8, 3, 3)]
+    features = [torch.randn(s, dtype=torch.float64).to(memory_format=memory_format).requires_grad_() for s in shapes]
+    saliences = [torch.randn(s[1]) for s in shapes]
+    teachers = [pair_channels(salience, ratio) for salience in saliences]
+
+    lean = intra_layer_loss(features, teachers, ratio=ratio, detach_salient=detach, reduction=reduction)  # type: ignore[arg-type]
+    readable = readable_intra(features, saliences, ratio, detach, reduction)
+    torch.testing.assert_close(lean, readable, rtol=1e-12, atol=0, check_dtype=False)
+    for mine, theirs in zip(torch.autograd.grad(lean, features), torch.autograd.grad(readable, features), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_the_compiled_losses_equal_the_eager_ones() -> None:
+    torch.manual_seed(2)
+    features = [torch.randn(2, 6, 8, 8), torch.randn(2, 9, 4, 4)]
+    saliences = [torch.randn(6), torch.randn(9)]
+
+    def both(shallow: Tensor, deep: Tensor) -> Tensor:
+        pair = [shallow, deep]
+        return intra_layer_loss(pair, [pair_channels(s) for s in saliences]) + inter_layer_loss(pair, [(0, 1)])
+
+    results = []
+    for function in (both, torch.compile(both, backend="aot_eager", fullgraph=True)):
+        inputs = [feature.clone().requires_grad_() for feature in features]
+        loss = function(*inputs)
+        results.append((loss, *torch.autograd.grad(loss, inputs)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("loss", ["at", "sp", "ickd", "ab"])
+def test_other_feature_losses_compare_the_same_channel_pairs(loss: str) -> None:
+    from tffd_zoo.feature_losses import FEATURE_LOSSES
+
+    torch.manual_seed(3)
+    feature = torch.randn(4, 6, 5, 5, requires_grad=True)
+    salience = torch.tensor([3.0, 9.0, 1.0, 8.0, 7.0, 2.0])  # salient 1, 3, 4; redundant 0, 5, 2
+    mine = intra_layer_loss([feature], [pair_channels(salience)], loss=loss)  # type: ignore[arg-type]
+    # The order among the redundant channels is free, the pairs are not: 0-1, 5-3, 2-4.
+    expected = FEATURE_LOSSES[loss](feature[:, [0, 2, 5]], feature[:, [1, 4, 3]].detach())  # type: ignore[index]
+    torch.testing.assert_close(mine, expected)
+
+
+def test_stage_pairs_are_all_or_neighbours() -> None:
+    assert stage_pairs(3) == ((0, 1), (0, 2), (1, 2))
+    assert stage_pairs(4, "neighbours") == ((0, 1), (1, 2), (2, 3))
+    with pytest.raises(ValueError, match="choose 'all' or 'neighbours'"):
+        stage_pairs(3, "every")  # type: ignore[arg-type]
+
+
+def test_inter_layer_loss_by_hand() -> None:
+    # Shallow: one 2x2 map of mean 2.5, pooled to the deep 1x1 map that holds 4 (its second channel is left out).
+    shallow = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], requires_grad=True)
+    deep = torch.tensor([[[[4.0]], [[9.0]]]], requires_grad=True)
+    loss = inter_layer_loss([shallow, deep], [(0, 1)])
+    assert loss.item() == (2.5 - 4) ** 2
+    loss.backward()
+    assert shallow.grad is not None
+    assert shallow.grad.flatten().tolist() == [2 * -1.5 / 4] * 4
+    assert deep.grad is None, "the deep stage is a fixed target"
+
+
+def test_pooling_in_steps_equals_pooling_at_once() -> None:
+    torch.manual_seed(4)
+    features = [torch.randn(2, c, s, s) for c, s in ((4, 16), (6, 8), (8, 4))]
+    pairs = stage_pairs(3)
+    expected = torch.stack(
+        [
+            F.mse_loss(
+                F.adaptive_avg_pool2d(features[i], features[j].shape[2:]), features[j][:, : features[i].shape[1]]
+            )
+            for i, j in pairs
+        ]
+    ).mean()
+    torch.testing.assert_close(inter_layer_loss(features, pairs), expected)
+
+
+def test_a_larger_deep_map_is_pooled_instead_and_odd_sizes_work() -> None:
+    torch.manual_seed(5)
+    shallow, deep = torch.randn(2, 5, 3, 3), torch.randn(2, 4, 7, 7)
+    expected = F.mse_loss(shallow[:, :4], F.adaptive_avg_pool2d(deep, (3, 3)))
+    torch.testing.assert_close(inter_layer_loss([shallow, deep], [(0, 1)]), expected)
+
+
+def test_deep_channels_may_be_the_salient_ones_or_group_means() -> None:
+    shallow = torch.zeros(1, 2, 1, 1)
+    deep = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)
+    saliences = [torch.zeros(2), torch.tensor([0.1, 0.4, 0.2, 0.3])]
+    features = [shallow, deep]
+    assert inter_layer_loss(features, [(0, 1)]).item() == pytest.approx((1 + 4) / 2)
+    salient = inter_layer_loss(features, [(0, 1)], deep_channels="salient", saliences=saliences)
+    assert salient.item() == pytest.approx((4 + 16) / 2)  # channels 1 and 3
+    means = inter_layer_loss(features, [(0, 1)], deep_channels="group_mean")
+    assert means.item() == pytest.approx((1.5**2 + 3.5**2) / 2)
+
+
+def test_impossible_settings_are_refused() -> None:
+    features = [torch.randn(2, 4, 2, 2)] * 2
+    with pytest.raises(ValueError, match="at least one pair"):
+        inter_layer_loss(features, [])
+    with pytest.raises(ValueError, match="l2 feature loss only"):
+        inter_layer_loss(features, [(0, 1)], loss="at", reduction="sum")
+    with pytest.raises(ValueError, match="needs the saliences"):
+        inter_layer_loss(features, [(0, 1)], deep_channels="salient")
+    with pytest.raises(ValueError, match="salient ratio is 0"):
+        pair_channels(torch.ones(4), 0.0)

@@ -1,0 +1,417 @@
+"""Training tasks: parity with an independent oracle, gradient shares, schedules, state, timm's contract."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.task import TrainingTask
+from torch import Tensor, nn
+
+from tffd_zoo.stages import find_stages
+from tffd_zoo.tasks import CANONICAL, REFERENCE, DistillationTask, Objective, TfFDTask, View, Weight
+
+
+def tiny(name: str = "tffd_resnet20", **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=10, **kwargs)
+
+
+def a_batch(images: int = 8, size: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(images, 3, size, size, generator=generator),
+        torch.randint(0, 10, (images,), generator=generator),
+    )
+
+
+UNSCHEDULED = replace(CANONICAL, warmup=0.0)
+
+
+# --- parity of the reference setting ----------------------------------------------------------------------------------
+
+
+def oracle_reference(features: list[np.ndarray]) -> tuple[float, float]:
+    """Section 3 in numpy, float64: spread salience, halves paired in order, MSE; mean over 3 stages and 3 pairs."""
+    intra = []
+    for f in features:
+        f = f.astype(np.float64)
+        n, c, h, w = f.shape
+        norms = np.sqrt((f**2).sum(axis=(2, 3), keepdims=True))
+        score = (f / np.maximum(norms, 1e-12)).mean(axis=(0, 2, 3))
+        order = np.argsort(-score, kind="stable")
+        intra.append(((f[:, order[c // 2 :]] - f[:, order[: c // 2]]) ** 2).mean())
+    inter = []
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        shallow, deep = features[i].astype(np.float64), features[j].astype(np.float64)
+        n, c, h, w = shallow.shape
+        step = h // deep.shape[2]
+        pooled = shallow.reshape(n, c, h // step, step, w // step, step).mean(axis=(3, 5))
+        inter.append(((pooled - deep[:, :c]) ** 2).mean())
+    return float(np.mean(intra)), float(np.mean(inter))
+
+
+def test_the_reference_setting_equals_an_independent_oracle_to_1e_6() -> None:
+    model = tiny()
+    images, targets = a_batch()
+    task = TfFDTask(model, REFERENCE, epochs=240, batches_per_epoch=100)
+    task.batches_seen.fill_(1234)
+    task.load_state_dict(task.state_dict())
+    result = task(images, targets)
+
+    with torch.no_grad():
+        _, features = model.forward_intermediates(images, indices=[1, 2, 3])
+        intra, inter = oracle_reference([feature.numpy() for feature in features])
+        ce = F.cross_entropy(result["output"], targets)
+    weight = (12 + 1) / 20  # batch 1234 of 100 an epoch: the 13th epoch of 20
+    assert result["intra"].item() == pytest.approx(intra, rel=1e-6)
+    assert result["inter"].item() == pytest.approx(inter, rel=1e-6)
+    assert result["loss_weight"].item() == pytest.approx(weight, rel=1e-6)
+    assert result["loss"].item() == pytest.approx(ce.item() + weight * (8e-4 * intra + 5e-4 * inter), rel=1e-6)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def test_one_forward_pass_gives_the_gradients_of_the_sum() -> None:
+    images, targets = a_batch()
+    model = tiny()
+    TfFDTask(model, UNSCHEDULED)(images, targets)["loss"].backward()
+    mine = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    from tffd_zoo.losses import inter_layer_loss, intra_layer_loss, pair_channels, stage_pairs
+
+    twin = tiny().train()
+    final, features = twin.forward_intermediates(images, indices=[1, 2, 3])
+    teachers = [pair_channels(f.detach().flatten(2).norm(dim=2).mean(0)) for f in features]
+    loss = F.cross_entropy(twin.forward_head(final), targets)
+    loss = loss + 0.04 * intra_layer_loss(features, teachers) + 0.05 * inter_layer_loss(features, stage_pairs(3))
+    loss.backward()
+    theirs = [p.grad for p in twin.parameters() if p.grad is not None]
+    assert len(mine) == len(theirs) > 50
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_shares_are_norms_on_the_models_parameters() -> None:
+    images, targets = a_batch()
+    result = TfFDTask(tiny(), replace(UNSCHEDULED, measure_every=1))(images, targets)
+
+    def norm(name: str) -> float:
+        model = tiny()
+        terms = TfFDTask(model, UNSCHEDULED)._terms(images, targets, None)[0]
+        terms[name].backward()
+        return float(sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None) ** 0.5)
+
+    assert result["grad_ratio/intra"].item() == pytest.approx(0.04 * norm("intra") / norm("ce"), rel=1e-4)
+    assert result["grad_ratio/inter"].item() == pytest.approx(0.05 * norm("inter") / norm("ce"), rel=1e-4)
+
+
+def test_measuring_changes_neither_loss_nor_gradients_nor_statistics() -> None:
+    images, targets = a_batch()
+    results = []
+    for every in (0, 1):
+        model = tiny()
+        loss = TfFDTask(model, replace(UNSCHEDULED, measure_every=every))(images, targets)["loss"]
+        loss.backward()
+        results.append((loss, *[p.grad for p in model.parameters()], *model.buffers()))
+    for plain, measured in zip(*results, strict=True):
+        assert torch.equal(plain, measured)
+
+
+def test_a_target_share_sets_lambda_so_that_the_share_is_met() -> None:
+    images, targets = a_batch()
+    config = replace(UNSCHEDULED, share_intra=0.05, share_inter=0.2, measure_every=5)
+    task = TfFDTask(tiny(), config)
+    first = task(images, targets)
+    assert first["grad_ratio/intra"].item() == pytest.approx(0.05, rel=1e-5)
+    assert first["grad_ratio/inter"].item() == pytest.approx(0.2, rel=1e-5)
+    lambdas = task.lambdas.clone()
+    assert "grad_ratio/intra" not in task(images, targets), "measured every fifth batch only"
+    assert torch.equal(task.lambdas, lambdas)
+
+
+def test_a_share_that_is_never_measured_is_refused() -> None:
+    with pytest.raises(ValueError, match="set measure_every"):
+        TfFDTask(tiny(), replace(UNSCHEDULED, share_intra=0.05))
+
+
+# --- the schedule and state -------------------------------------------------------------------------------------------
+
+
+def test_the_loss_weight_follows_training_batches_alone() -> None:
+    images, targets = a_batch(4)
+    task = TfFDTask(tiny(), CANONICAL, epochs=24, batches_per_epoch=2)  # warm-up over 2 epochs, 4 batches
+    weights = [task(images, targets)["loss_weight"].item() for _ in range(3)]
+    task.eval()
+    assert task(images, targets)["loss_weight"].item() == weights[-1]
+    task.train()
+    weights += [task(images, targets)["loss_weight"].item() for _ in range(3)]
+    assert weights == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
+
+
+def test_a_schedule_without_the_length_of_the_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="pass epochs="):
+        TfFDTask(tiny(), CANONICAL)
+    with pytest.raises(ValueError, match="batches_per_epoch"):
+        TfFDTask(tiny(), CANONICAL, epochs=10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"salience_momentum": 0.9, "repair_every": 2},
+        {"share_intra": 0.05, "measure_every": 2},
+        {"warmup": 0.5},
+    ],
+    ids=["averaged salience", "target share", "warm-up"],
+)
+def test_a_state_dict_resumes_the_task_to_the_bit(changes: dict[str, Any]) -> None:
+    batches = [a_batch(4), a_batch(6), a_batch(8), a_batch(10)]
+
+    def task() -> DistillationTask:
+        return TfFDTask(tiny(), replace(UNSCHEDULED, **changes), epochs=2, batches_per_epoch=2)
+
+    whole = task()
+    for batch in batches[:2]:
+        whole(*batch)
+    state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    expected = [whole(*batch)["loss"] for batch in batches[2:]]
+    resumed = task()
+    resumed.load_state_dict(state)
+    for batch, loss in zip(batches[2:], expected, strict=True):
+        assert torch.equal(resumed(*batch)["loss"], loss)
+
+
+def test_averaged_salience_starts_in_full_and_moves_by_its_momentum() -> None:
+    config = replace(UNSCHEDULED, salience_momentum=0.75, lambda_inter=0.0)
+    task = TfFDTask(tiny(), config)
+    seen: list[Tensor] = []
+    objective = task.objectives[0]
+    original = objective._saliences
+
+    from tffd_zoo.salience import stage_salience
+
+    def spy(features: list[Tensor]) -> list[Tensor]:
+        seen.append(stage_salience(features)[0].clone())
+        return original(features)
+
+    objective._saliences = spy
+    task(*a_batch(4))
+    assert torch.equal(objective.salience_0, seen[0])
+    task(*a_batch(6))
+    torch.testing.assert_close(objective.salience_0, 0.75 * seen[0] + 0.25 * seen[1])
+
+
+def test_channels_are_paired_anew_only_every_so_many_batches() -> None:
+    task = TfFDTask(tiny(), replace(UNSCHEDULED, repair_every=3))
+    saliences = []
+    for size in (4, 6, 8, 10):
+        task(*a_batch(size))
+        saliences.append(task.objectives[0].salience_1.clone())
+    assert torch.equal(saliences[0], saliences[1])
+    assert torch.equal(saliences[1], saliences[2])
+    assert not torch.equal(saliences[2], saliences[3])
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_of_zero_leaves_the_term_out() -> None:
+    images, targets = a_batch(4)
+    assert "inter" not in TfFDTask(tiny(), replace(UNSCHEDULED, lambda_inter=0.0))(images, targets)
+    assert "intra" not in TfFDTask(tiny(), replace(UNSCHEDULED, lambda_intra=0.0))(images, targets)
+    with pytest.raises(ValueError, match="nothing would be distilled"):
+        TfFDTask(tiny(), replace(UNSCHEDULED, lambda_intra=0.0, lambda_inter=0.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"salience": "entropi"}, "unknown salience 'entropi'; choose one of lp, spread"),
+        ({"intra_loss": "mse"}, "unknown feature loss 'mse'; choose one of l2"),
+        ({"lambda_intra": -1.0}, "a loss weight is zero or more"),
+        ({"share_inter": -0.1}, "a gradient share is a fraction"),
+        ({"salience_momentum": 1.0}, r"give a number in \[0, 1\)"),
+        ({"repair_every": 0}, "give 1 or more batches"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CANONICAL, **changes)
+
+
+def test_a_model_whose_stages_cannot_serve_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="two"):
+        TfFDTask(tiny(), replace(UNSCHEDULED, stages=(3,)))
+
+
+@pytest.mark.parametrize("metric", ["lp", "spread", "entropy", "bn_scale", "hrank"])
+def test_every_salience_metric_trains(metric: str) -> None:
+    task = TfFDTask(tiny(), replace(UNSCHEDULED, salience=metric, salience_images=2))
+    result = task(*a_batch(4))
+    result["loss"].backward()
+    assert result["intra"] > 0
+
+
+@pytest.mark.parametrize("loss", ["l2", "ab", "at", "sp", "ickd"])
+def test_every_feature_loss_trains_within_and_between_stages(loss: str) -> None:
+    model = tiny()
+    task = TfFDTask(model, replace(UNSCHEDULED, intra_loss=loss, inter_loss=loss))
+    result = task(*a_batch(4))
+    result["loss"].backward()
+    assert result["intra"] > 0
+    assert result["inter"] > 0
+    assert list(task.get_eval_model().state_dict()) == list(tiny().state_dict())
+
+
+def test_ab_sees_features_before_the_activation_and_leaves_the_logits_alone() -> None:
+    images, _ = a_batch(4)
+    task = TfFDTask(tiny(), replace(UNSCHEDULED, intra_loss="ab"))
+    logits, features = task.trainable_module(images)
+    assert all(feature.min() < 0 for feature in features)
+    torch.testing.assert_close(logits, tiny()(images))
+
+
+def test_features_normalised_over_space_have_unit_maps_in_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tffd_zoo.tasks import tffd
+
+    norms: list[Tensor] = []
+
+    def spy(features: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        norms.extend(feature.flatten(2).norm(dim=2) for feature in features)
+        return features[0].sum()
+
+    monkeypatch.setattr(tffd, "intra_layer_loss", spy)
+    TfFDTask(tiny(), replace(UNSCHEDULED, normalise=True, lambda_inter=0.0))(*a_batch(4))
+    alive = torch.cat([norm.flatten() for norm in norms])
+    torch.testing.assert_close(alive[alive > 0], torch.ones_like(alive[alive > 0]))
+
+
+# --- any timm model ---------------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "resnet": ("resnet10t", 64),
+    "resnetv2": ("resnetv2_50", 64),
+    "convnext": ("convnext_atto", 64),
+    "efficientnet": ("efficientnet_b0", 64),
+    "mobilenetv3": ("mobilenetv3_small_050", 64),
+    "mobilenetv4": ("mobilenetv4_conv_small_035", 64),
+    "regnet": ("regnetx_002", 64),
+    "densenet": ("densenet121", 64),
+    "vgg_bn": ("vgg11_bn", 64),
+    "vit": ("vit_tiny_patch16_224", 224),
+    "swin": ("swin_tiny_patch4_window7_224", 224),
+    "maxvit": ("maxvit_rmlp_pico_rw_256", 256),
+    "fastvit": ("fastvit_t8", 64),
+    "repvgg": ("repvgg_a0", 64),
+    "ghostnet": ("ghostnet_050", 64),
+    "levit": ("levit_128s", 224),
+    "efficientvit": ("efficientvit_b0", 64),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_timm_family_trains_with_tffd(family: str) -> None:
+    name, size = FAMILIES[family]
+    model = tiny(name)
+    task = TfFDTask(model, UNSCHEDULED)
+    result = task(*a_batch(2, size))
+    result["loss"].backward()
+    assert torch.isfinite(result["loss"])
+    assert result["intra"] > 0
+    assert result["inter"] > 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    model.eval()
+    images = a_batch(1, size)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(task.eval()(images, torch.zeros(1, dtype=torch.long))["output"], model(images))
+
+
+# --- timm's contract --------------------------------------------------------------------------------------------------
+
+
+def test_the_task_is_a_timm_training_task_with_plain_evaluation_weights() -> None:
+    task = TfFDTask(tiny(), UNSCHEDULED)
+    assert isinstance(task, TrainingTask)
+    state = task.get_checkpoint_state()
+    assert list(state["state_dict"]) == list(tiny().state_dict())
+    task(*a_batch(4))
+    other = TfFDTask(tiny(), UNSCHEDULED)
+    state = task.get_checkpoint_state()
+    other.load_checkpoint_state(state["state_dict"], state["task_state"])
+    for mine, theirs in zip(task.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_timms_ema_and_optimizer_factory_take_the_task() -> None:
+    from timm.optim import create_optimizer_v2
+
+    task = TfFDTask(tiny(), UNSCHEDULED)
+    task.setup_ema(decay=0.5)
+    assert list(task.get_eval_model(ema=True).state_dict()) == list(tiny().state_dict())
+    task.update_ema()
+    groups = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1, layer_decay=0.9).param_groups
+    assert len({group["lr_scale"] for group in groups}) > 3
+
+
+def test_a_compiled_task_gives_the_eager_loss_and_plain_keys() -> None:
+    images, targets = a_batch(4)
+    results = []
+    for compiled in (False, True):
+        model = tiny()
+        task = TfFDTask(model, UNSCHEDULED)
+        if compiled:
+            task.compile(backend="aot_eager", fullgraph=True)
+        result = task(images, targets)
+        result["loss"].backward()
+        results.append((result["loss"], *[p.grad for p in model.parameters()]))
+        assert list(task.get_eval_model().state_dict()) == list(tiny().state_dict())
+    for eager, compiled_value in zip(*results, strict=True):
+        torch.testing.assert_close(compiled_value, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_the_schedule_does_not_recompile_the_task() -> None:
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    task = TfFDTask(tiny(), CANONICAL, epochs=2, batches_per_epoch=3)
+    task.compile(backend=counter)
+    batch = a_batch(4)
+    for _ in range(4):
+        task(*batch)
+    assert counter.frame_count == 1
+
+
+def test_plain_training_asks_nothing_but_logits() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    images, targets = a_batch()
+    result = DistillationTask(model)(images, targets)
+    torch.testing.assert_close(result["loss"], F.cross_entropy(model(images), targets))
+    assert set(result) == {"loss", "output", "ce"}
+
+
+class _Constant(Objective):
+    def __init__(self, scheduled: bool) -> None:
+        super().__init__()
+        self.weights = {"constant": Weight(2.0, scheduled=scheduled)}
+
+    def forward(self, view: View) -> dict[str, Tensor]:
+        return {"constant": view.logits.sum() * 0 + 1}
+
+
+@pytest.mark.parametrize(("scheduled", "extra"), [(True, 0.0), (False, 2.0)])
+def test_an_objective_may_stand_outside_the_schedule(scheduled: bool, extra: float) -> None:
+    task = TfFDTask(tiny(), CANONICAL, epochs=2, batches_per_epoch=10, objectives=[_Constant(scheduled)])
+    result = task(*a_batch(4))  # the first batch: w is 0
+    assert (result["loss"] - result["ce"]).item() == pytest.approx(extra, abs=1e-5)
+
+
+def test_objectives_need_stages() -> None:
+    with pytest.raises(ValueError, match="stages=find_stages"):
+        DistillationTask(tiny(), [_Constant(True)])
+    assert DistillationTask(tiny(), [_Constant(False)], stages=find_stages(tiny())).names == ("constant",)
