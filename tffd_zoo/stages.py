@@ -198,6 +198,10 @@ def _default_stages(model: Any, info: Sequence[dict[str, Any]]) -> list[int]:
     done = -1
     for index, entry in enumerate(info):
         inside = {name for name in order if name == entry["module"] or name.startswith(entry["module"] + ".")}
+        if not inside:  # HRNet and a few others name places of their forward pass that are no modules
+            if not (is_stem(entry["module"]) or entry["module"] == "stem"):
+                stages.append(index)
+            continue
         end = max(order[name] for name in inside)
         adds = any(done < order[name] <= end for name in weights)
         owns = any(name in inside for name in weights)  # entries may share a module, as in CoaT
@@ -208,11 +212,11 @@ def _default_stages(model: Any, info: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def _stem_matcher(model: Any) -> Callable[[str], bool]:
-    """Whether timm counts a parameter to the stem."""
+    """Whether timm counts a parameter, by its name, to the stem."""
     matcher = model.group_matcher() if hasattr(model, "group_matcher") else None
     if callable(matcher):
         layers = group_parameters(model, matcher, reverse=True)
-        return lambda name: layers[name] == 0
+        return lambda name: layers.get(name) == 0
     stem = re.compile((matcher or {}).get("stem") or "(?!)")
     return lambda name: stem.match(name) is not None
 
@@ -224,12 +228,13 @@ def _dry_run(model: Any, stages: Stages, input_size: tuple[int, int, int]) -> tu
     """Logits and stage features of one random image, with their autograd graph."""
     parameter = next(model.parameters())
     images = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(parameter)
-    with _in_eval_mode(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        # Gradient from the image on, so that frozen layers are on the graph too.
-        final, features = model.forward_intermediates(
-            images.requires_grad_(), indices=list(stages.indices), output_fmt="NCHW"
-        )
-        return model.forward_head(final), features
+    images.requires_grad_()  # so that frozen layers are on the graph too
+    try:
+        with _in_eval_mode(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            final, features = model.forward_intermediates(images, indices=list(stages.indices), output_fmt="NCHW")
+            return model.forward_head(final), features
+    except (AssertionError, RuntimeError) as error:  # how timm and torch refuse a shape
+        raise ValueError(f"{type(model).__name__} cannot take images of {input_size}: {error}") from error
 
 
 @contextmanager
@@ -302,9 +307,9 @@ def _is_activation(module: nn.Module) -> bool:
 
 def _norm_layers(model: nn.Module, stage: str) -> str:
     names = [
-        f"{stage}.{name} ({type(module).__name__})".replace("..", ".")
-        for name, module in model.get_submodule(stage).named_modules()
-        if "norm" in type(module).__name__.lower()
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if (name == stage or name.startswith(stage + ".")) and "norm" in type(module).__name__.lower()
     ]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more if names else "none"
