@@ -54,6 +54,10 @@ class ImageSpec:
     """Evaluation resizes to input_size / crop_pct, then crops."""
     crop_mode: str = "center"
 
+    def __post_init__(self) -> None:
+        for name in ("input_size", "mean", "std"):  # a config.json has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     @classmethod
     def from_model(cls, model: nn.Module, **overrides: Any) -> ImageSpec:
         """Read the spec from the model's own config; `overrides` are entries of it, such as ``input_size``."""

@@ -47,8 +47,12 @@ class Augment:
 
     def describe(self) -> str:
         """Name the augmentation in a few words."""
-        crop = {"pad": f"cropped after padding with {self.padding_mode}", "resized": "cropped and resized at random"}
-        return ", ".join([crop[self.crop]] * (self.crop != "none") + ["flipped"] * (self.hflip > 0)) or "not augmented"
+        crop = {
+            "pad": f"cropped after padding with {self.padding_mode}",
+            "resized": "cropped and resized at random",
+            "none": "not cropped",
+        }[self.crop]
+        return f"{crop}, flipped" if self.hflip > 0 else crop
 
 
 AUGMENTS = {

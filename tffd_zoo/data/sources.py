@@ -365,13 +365,7 @@ def _open_dataset(
     image_column = _find_image_column(rows.features, image_column, data)
     label_column = _find_label_column(rows.features, label_column, data)
     labels, label_names = _read_labels(rows, label_column, data, split)
-    try:
-        images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"column {image_column} of {data} holds {rows.features[image_column]}, not images; "
-            "name another with --image-column"
-        ) from error
+    images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     return ImageSource(
         name=data,
         split=split,
@@ -463,30 +457,35 @@ def _download_split(
 def _find_image_column(features: datasets.Features, wanted: str | None, data: str) -> str:
     import datasets
 
-    images = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-    ]
-    return _choose_column("image", images, wanted, list(features), data)
+    def holds_images(feature: object) -> bool:
+        return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+    images = [name for name, feature in features.items() if holds_images(feature)]
+    column = _choose_column("image", images, wanted, list(features), data)
+    if column not in images and features[column] not in (datasets.Value("binary"), datasets.Value("string")):
+        raise ValueError(
+            f"column {column} of {data} holds {features[column]}, not images (Image, bytes or paths); "
+            f"name another with --image-column: {', '.join(images or features)}"
+        )
+    return column
 
 
 def _find_label_column(features: datasets.Features, wanted: str | None, data: str) -> str:
-    labels = [name for name, feature in features.items() if _holds_classes(feature)]
+    import datasets
+
+    def holds_classes(feature: object) -> bool:
+        integer = isinstance(feature, datasets.Value) and "int" in feature.dtype
+        return integer or isinstance(feature, datasets.ClassLabel)
+
+    labels = [name for name, feature in features.items() if holds_classes(feature)]
     preferred = [name for name in LABEL_COLUMNS if name in labels]
     column = _choose_column("label", preferred[:1] or labels, wanted, list(features), data)
     if column not in labels:
         raise ValueError(
             f"column {column} of {data} holds {features[column]}, not classes (ClassLabel or integers); "
-            f"name another with --label-column: {', '.join(labels)}"
+            f"name another with --label-column: {', '.join(labels or features)}"
         )
     return column
-
-
-def _holds_classes(feature: object) -> bool:
-    import datasets
-
-    return isinstance(feature, datasets.ClassLabel) or (isinstance(feature, datasets.Value) and "int" in feature.dtype)
 
 
 def _choose_column(kind: str, suitable: list[str], wanted: str | None, existing: list[str], data: str) -> str:

@@ -1,0 +1,29 @@
+"""Real images for the tests that ask for them by the fixture `data_root`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+DATA_ROOT = Path(os.environ.get("TFFD_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def pytest_report_header() -> str:
+    found = "found" if DATA_ROOT.is_dir() else "missing, so the tests on real images are deselected; set TFFD_DATA"
+    return f"real images: {DATA_ROOT} ({found})"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if DATA_ROOT.is_dir():
+        return
+    impossible = [item for item in items if "data_root" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=impossible)
+    items[:] = [item for item in items if item not in impossible]
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder that holds `cifar100` and `imagenet1k_sample`, each as parquet."""
+    return DATA_ROOT
