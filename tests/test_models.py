@@ -376,13 +376,14 @@ def test_gradient_checkpointing_changes_no_gradient(model: nn.Module, images: Te
         torch.testing.assert_close(checkpointed[key], gradient)
 
 
-def test_gradient_checkpointing_recomputes_every_block(model: nn.Module, images: Tensor) -> None:
+@pytest.mark.parametrize("intermediates", [False, True])
+def test_gradient_checkpointing_recomputes_the_blocks(model: nn.Module, images: Tensor, intermediates: bool) -> None:
     model.train()
     model.set_grad_checkpointing()
     calls = []
     convolution = [m for m in model.modules() if isinstance(m, nn.Conv2d)][-1]
     convolution.register_forward_pre_hook(lambda *_: calls.append(1))
-    model(images).sum().backward()
+    gradients(model, images, intermediates)
     assert len(calls) == 2
 
 
@@ -441,11 +442,13 @@ def test_head_and_regularisation_arguments_take_effect(name: str) -> None:
     assert {type(m).__name__ for m in model.modules()} & {"GELU", "ReLU"} == {"GELU"}
 
 
-@pytest.mark.parametrize("name", ["tffd_resnet8x4", "tffd_wrn16_2"])
+@pytest.mark.parametrize("name", ["tffd_resnet20", "tffd_wrn16_2"])
 def test_an_output_stride_of_two_dilates_the_last_stage(name: str, images: Tensor) -> None:
     model = timm.create_model(name, output_stride=2).eval()
     assert [info["reduction"] for info in model.feature_info] == [1, 1, 2, 2]
     assert model.forward_features(images).shape[2:] == (16, 16)
+    dilations = [conv.dilation[0] for block in model.stages[2] for conv in (block.conv1, block.conv2)]
+    assert dilations == [1] + [2] * (len(dilations) - 1)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in timm.create_model(name).parameters())
     with pytest.raises(ValueError, match="output_stride=3"):
         timm.create_model(name, output_stride=3)
