@@ -91,6 +91,8 @@ class Repo:
     commits: dict[str, Commit] = field(default_factory=dict)
     """All of `main`, the only branch, in order."""
     tags: dict[str, str] = field(default_factory=dict)
+    lfs_objects: dict[str, bytes] = field(default_factory=dict)
+    """Content by sha256, of commits past and to come."""
 
     @property
     def head(self) -> Commit:
@@ -186,6 +188,7 @@ class HubError(Exception):
 Endpoint = Callable[["LoopbackHub", Request, dict[str, str]], Response]
 ROUTES: list[tuple[str, re.Pattern[str], Endpoint]] = []
 REPO = r"/api/(?P<type>model|dataset)s/(?P<repo>[^/]+/[^/]+)"
+CDN = r"/cdn/(?P<type>model|dataset)s/(?P<repo>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})"
 FILES = r"/(?:(?P<type>dataset)s/)?(?P<repo>[^/]+/[^/]+)"
 
 
@@ -204,7 +207,6 @@ class LoopbackHub:
         self.token, self.read_token = (f"hf_{secrets.token_hex(17)}" for _ in range(2))
         self.accounts = {self.token: Account("ada", ("ada", "org")), self.read_token: Account("grace", ())}
         self.repos: dict[tuple[str, str], Repo] = {}
-        self.lfs_objects: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[tuple[Request, int]] = []
         """Every request with the status of its answer, 0 when the connection was dropped."""
@@ -231,7 +233,7 @@ class LoopbackHub:
         with self.lock:
             repo = self.repos.get((repo_type, repo_id)) or self.create(repo_type, repo_id, private)
             blobs = {path: Blob(data, self.wants_lfs(path, len(data), data[:512])) for path, data in files.items()}
-            self.lfs_objects |= {blob.sha256: blob.data for blob in blobs.values() if blob.lfs}
+            repo.lfs_objects |= {blob.sha256: blob.data for blob in blobs.values() if blob.lfs}
             repo.commit(repo.head.files | blobs, "Add files")
             return repo
 
@@ -267,8 +269,9 @@ class LoopbackHub:
         }
 
     def run(self, command: list[str], cache_dir: Path | str, **env: Any) -> subprocess.CompletedProcess[str]:
-        """Run a client to its end; both its streams are text."""
-        return subprocess.run(command, env=self.env(cache_dir, **env), capture_output=True, text=True, timeout=300)
+        """Run a client to its end, away from this folder; both its streams are text."""
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
+        return subprocess.run(command, env=self.env(cache_dir, **env), cwd=Path(cache_dir).parent, **options)
 
     def python(self, code: str, cache_dir: Path | str, *args: str, **env: Any) -> subprocess.CompletedProcess[str]:
         return self.run([sys.executable, "-c", code, *args], cache_dir, **env)
@@ -323,6 +326,10 @@ class LoopbackHub:
 
     def page(self, repo_type: RepoType, repo_id: str) -> str:
         return f"{self.url}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+
+    def cdn(self, repo: Repo, oid: str) -> str:
+        """Where an LFS object is uploaded and downloaded; like a signed address it needs no token."""
+        return f"{self.cdn_url}/cdn/{repo.type}s/{repo.id}/{oid}"
 
     def wants_lfs(self, path: str, size: int, sample: bytes) -> bool:
         named = any(fnmatch.fnmatch(path, pattern) for pattern in LFS_PATTERNS)
@@ -387,8 +394,8 @@ class LoopbackHub:
         objects = []
         for wanted in request.json["objects"]:
             answer = {"oid": wanted["oid"], "size": wanted["size"]}
-            if wanted["oid"] not in self.lfs_objects:
-                upload = {"href": f"{self.cdn_url}/cdn/{wanted['oid']}", "header": {}}
+            if wanted["oid"] not in repo.lfs_objects:
+                upload = {"href": self.cdn(repo, wanted["oid"]), "header": {}}
                 verify = {"href": f"{self.url}/api/{repo.type}s/{repo.id}/lfs-verify"}
                 answer["actions"] = {"upload": upload, "verify": verify}
             objects.append(answer)
@@ -396,10 +403,10 @@ class LoopbackHub:
 
     @route("POST", REPO + "/lfs-verify")
     def lfs_verify(self, request: Request, where: dict[str, str]) -> Response:
-        self.find(request, where, write=True)
-        oid, data = request.json["oid"], self.lfs_objects.get(request.json["oid"], b"")
+        repo = self.find(request, where, write=True)
+        oid, data = request.json["oid"], repo.lfs_objects.get(request.json["oid"], b"")
         if len(data) != request.json["size"] or hashlib.sha256(data).hexdigest() != oid:
-            self.lfs_objects.pop(oid, None)
+            repo.lfs_objects.pop(oid, None)
             raise HubError(422, f"The uploaded object is not {oid}")
         return Response.of({})
 
@@ -416,9 +423,9 @@ class LoopbackHub:
             if operation["key"] == "file":
                 files[path] = Blob(base64.b64decode(value["content"], validate=True))
             elif operation["key"] == "lfsFile":
-                if value["oid"] not in self.lfs_objects:
+                if value["oid"] not in repo.lfs_objects:
                     raise HubError(400, f"{path} points to an LFS object that was never uploaded: {value['oid']}")
-                files[path] = Blob(self.lfs_objects[value["oid"]], lfs=True)
+                files[path] = Blob(repo.lfs_objects[value["oid"]], lfs=True)
             else:
                 gone = [known for known in files if known == path or known.startswith(path.rstrip("/") + "/")]
                 if not gone:
@@ -495,19 +502,18 @@ class LoopbackHub:
         if not blob.lfs:
             return _ranged(request, blob.data, {**known, "ETag": f'"{blob.oid}"'})
         linked = {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data))}
-        location = f"{self.cdn_url}/cdn/{blob.sha256}?filename={quote(where['path'], safe='')}"
+        location = f"{self.cdn(repo, blob.sha256)}?filename={quote(where['path'], safe='')}"
         return Response(302, b"", {**known, **linked, "ETag": f'"{blob.sha256}"', "Location": location})
 
-    @route("PUT", "/cdn/(?P<oid>[0-9a-f]{64})")
+    @route("PUT", CDN)
     def store(self, request: Request, where: dict[str, str]) -> Response:
-        self.lfs_objects[where["oid"]] = request.body
+        self.repos[where["type"], where["repo"]].lfs_objects[where["oid"]] = request.body
         return Response(200, b"", {"ETag": f'"{hashlib.md5(request.body).hexdigest()}"'})
 
-    @route("GET", "/cdn/(?P<oid>[0-9a-f]{64})")
+    @route("GET", CDN)
     def download(self, request: Request, where: dict[str, str]) -> Response:
-        if where["oid"] not in self.lfs_objects:
-            raise HubError(404, "no such object")
-        return _ranged(request, self.lfs_objects[where["oid"]], {"ETag": f'"{where["oid"]}"'})
+        data = self.repos[where["type"], where["repo"]].lfs_objects[where["oid"]]
+        return _ranged(request, data, {"ETag": f'"{where["oid"]}"'})
 
 
 def _entries(commit: Commit, expand: bool) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,334 @@
+"""Publish an export on the Hugging Face Hub: one commit, downloaded again, compared, and only then tagged.
+
+    python hub/publish.py runs/tffd-tffd_resnet20-s0 --repo org/tffd_resnet20.c100 --dry-run
+    python hub/publish.py runs/tffd-tffd_resnet20-s0 --repo org/tffd_resnet20.c100
+
+It may be stopped anywhere and run again: what has arrived is not sent twice, and nobody is pointed to a release by its
+tag before it was found complete.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import tyro
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from torch import Tensor
+
+from tffd_zoo._version import __version__
+from tffd_zoo.cards import Twin
+from tffd_zoo.cli import run_cli
+from tffd_zoo.eval import EvalConfig
+from tffd_zoo.eval import main as evaluate
+from tffd_zoo.export import (
+    CARD,
+    CONFIG,
+    CURVES,
+    ENVIRONMENT,
+    METRICS,
+    RECIPE,
+    SUMS,
+    WEIGHTS,
+    ExportInfo,
+    file_sha256,
+    rewrite_card,
+    verify_export,
+)
+from tffd_zoo.models import HubFile, add_release, releases
+from tffd_zoo.release import find_export, release_of
+
+RELEASE_FILES = {WEIGHTS, CONFIG, RECIPE, METRICS, ENVIRONMENT, CARD, CURVES, SUMS}
+"""All that a release may hold. There is no pickle among them."""
+HUB_FILES = {".gitattributes"}
+"""What the Hub itself puts into a repository."""
+NO_COMMIT = "0" * 40
+"""Stands for the commit before it is made."""
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """Publish an export on the Hugging Face Hub, with the token of HF_TOKEN or `hf auth login`; safe to repeat."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-OR-EXPORT")]
+    """An export, or the folder of a run that has one."""
+    repo: str
+    """Repository on the Hub, organisation/name; made when there is none."""
+    tag: str = "v1"
+    """Tag of the release; other files need another tag."""
+    private: bool = False
+    """Make the repository private."""
+    evaluate: str | None = None
+    """Evaluate the weights on this data first (a Hub id, a folder or 'digits'); stop unless metrics.json is right."""
+    tolerance: int = 0
+    """Images by which that may differ: another device rounds differently."""
+    twin: Path | None = None
+    """Export of the plain run that the card compares with; the released one of tag ce_<tag> when not given."""
+    hours: float | None = None
+    """Wall-clock hours of training, for the manifest entry, where the export does not say."""
+    add_to_manifest: bool = False
+    """Put the entry into this package's manifest, in place of one of the same name."""
+    dry_run: bool = False
+    """Show what would be sent, and send nothing."""
+
+
+def main(config: PublishConfig) -> None:
+    """Publish what `config` asks for, and say how to load it.
+
+    Raises:
+        ValueError, OSError: what is wrong, what is on the Hub now, and what to do, in one line.
+    """
+    _check_names(config)
+    with tempfile.TemporaryDirectory() as folder:
+        info = prepare(config, Path(folder) / "release")
+        entry = release_of(info, HubFile(config.repo, NO_COMMIT), config.hours)
+        logits = _logits(f"local-dir:{info.folder}")
+        if config.evaluate:
+            check_metrics(info, config.evaluate, config.tolerance)
+        print(f"{info.name} to {config.repo}, tag {config.tag}{', private' if config.private else ''}:")
+        for name, sha256 in _contents(info).items():
+            print(f"  {(info.folder / name).stat().st_size:>12,} bytes  {sha256}  {name}")
+        if config.dry_run:
+            print("nothing was sent")
+            return
+        commit = send(info, config)
+        verify(info, config, commit, logits)
+        tag(config, commit)
+
+    print(f"published: {HfApi().endpoint}/{config.repo}/tree/{config.tag}, commit {commit}\nload it:")
+    if info.config["architecture"] == info.architecture:
+        print("  import tffd_zoo  # registers the architecture with timm")
+    print(f'  timm.create_model("hf-hub:{config.repo}@{config.tag}", pretrained=True)')
+    entry = replace(entry, file=HubFile(config.repo, commit))
+    if config.add_to_manifest:
+        add_release(entry, replaces=True)
+    print(f"{'added to the manifest' if config.add_to_manifest else 'manifest entry'}:")
+    print(json.dumps(entry.to_json(), indent=2, ensure_ascii=False))
+
+
+def prepare(config: PublishConfig, folder: Path) -> ExportInfo:
+    """Copy the export to `folder`, which must not exist, with the card of this release, and check all of it.
+
+    Raises:
+        FileNotFoundError: there is no export.
+        ValueError: it was changed, or holds something that no release has.
+    """
+    source = find_export(config.source)
+    info = verify_export(source)
+    strangers = info.sha256.keys() - RELEASE_FILES
+    if strangers:
+        raise ValueError(f"{source} holds {', '.join(sorted(strangers))}, which no release has; export again")
+    shutil.copytree(source, folder)
+    return rewrite_card(folder, twin=_twin(info, config.twin), repo=config.repo)
+
+
+def check_metrics(info: ExportInfo, data: str, tolerance: int) -> None:
+    """Evaluate the weights on `data`, as they were evaluated for `metrics.json`, and compare.
+
+    Raises:
+        ValueError: the figures are others, by more than `tolerance` images.
+    """
+    settings = info.metrics["evaluation"]
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "metrics.json"
+        columns = {name: settings.get(name) for name in ("image_column", "label_column")}
+        split = settings["split"]
+        evaluate(EvalConfig(models=(f"local-dir:{info.folder}",), data=data, split=split, json=record, **columns))
+        (found,) = json.loads(record.read_text())
+    for key, allowed in {"images": 0, "correct1": tolerance, "correct5": tolerance}.items():
+        if abs(found[key] - info.metrics[key]) > allowed:
+            raise ValueError(
+                f"{METRICS} says {key} {info.metrics[key]:,}, but on {data} it is {found[key]:,}; "
+                "name the data that the figures are from, or export again with the right ones (nothing was sent)"
+            )
+
+
+def send(info: ExportInfo, config: PublishConfig) -> str:
+    """Put the files into the repository, in one commit, and return its hash; one that has them already is not repeated.
+
+    Raises:
+        ValueError: the repository holds something else, or the tag is taken by other files.
+        OSError: the Hub could not be reached or refused; its `main` is as it was or complete.
+    """
+    api = _api()
+    _check_token()
+    mend = "check the connection, the token and its rights, and run the same command again"
+    with _step("prepare the repository", f"nothing was sent; {mend}"):
+        try:
+            head = api.model_info(config.repo)
+        except RepositoryNotFoundError:
+            api.create_repo(config.repo, private=config.private, exist_ok=True)
+            head = api.model_info(config.repo)
+        tagged = _tagged(api, config)
+        if tagged is not None and _holds(api, config.repo, tagged, info):
+            return tagged
+        held = {file.rfilename for file in head.siblings or ()} - HUB_FILES
+        held_release = _name_of_release(config.repo, head.sha) if CONFIG in held else info.name
+    if tagged is not None:
+        obstacle = f"has {config.tag} already, at commit {tagged}, with other files; give this release another --tag"
+    elif config.private and not head.private:
+        obstacle = "is public already; change that in its settings, or drop --private"
+    elif strangers := held - RELEASE_FILES:
+        obstacle = f"holds {', '.join(sorted(strangers))}, which no release has; name another --repo"
+    elif held_release != info.name:
+        obstacle = f"holds {held_release}, and this is {info.name}; name another --repo"
+    else:
+        obstacle = None
+    if obstacle:
+        raise ValueError(f"{config.repo} {obstacle} (nothing was sent)")
+
+    files = _contents(info)
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(name, info.folder / name) for name in files),
+        *(CommitOperationDelete(name) for name in sorted(held - files.keys())),
+    ]
+    with _step("commit", f"main of {config.repo} has all of this or nothing of it; run the same command again"):
+        commit = api.create_commit(
+            config.repo, operations, commit_message=f"{info.name}, {config.tag}", parent_commit=head.sha
+        )
+    return commit.oid
+
+
+def verify(info: ExportInfo, config: PublishConfig, commit: str, logits: Tensor) -> None:
+    """Download the commit into an empty cache and compare every byte, and the logits of the model that timm loads.
+
+    Raises:
+        ValueError: something differs.
+        OSError: it cannot be downloaded.
+    """
+    state = f"commit {commit} is on main of {config.repo} but not tagged; run the same command again"
+    with tempfile.TemporaryDirectory() as cache:
+        with _step("download what was published", state):
+            folder = Path(snapshot_download(config.repo, revision=commit, cache_dir=cache))
+        files = {path.name for path in folder.iterdir()} - HUB_FILES
+        sent = _contents(info)
+        wrong = [n for n in sorted(files | sent.keys()) if n not in files or file_sha256(folder / n) != sent.get(n)]
+        if wrong:
+            raise ValueError(f"the Hub does not serve what was sent: {', '.join(wrong)} came back changed; {state}")
+        if not torch.equal(_logits(f"hf-hub:{config.repo}@{commit}", cache_dir=cache), logits):
+            raise ValueError(f"the published model gives other logits than the export; {state}")
+
+
+def tag(config: PublishConfig, commit: str) -> None:
+    """Tag the commit; one that is so tagged already is fine."""
+    api = _api()
+    state = f"commit {commit} is on main of {config.repo}, complete but not tagged; run the same command again"
+    with _step("tag", state):
+        if _tagged(api, config) != commit:
+            api.create_tag(config.repo, tag=config.tag, revision=commit)
+
+
+def _twin(info: ExportInfo, folder: Path | None) -> Twin | None:
+    """The plain run to compare with: the one named, else the released one."""
+    if folder is not None:
+        twin = verify_export(folder)
+        return Twin(twin.name, twin.recipe, twin.metrics)
+    name = f"{info.architecture}.ce_{info.tag}"
+    return next(
+        (Twin(entry.name, entry.recipe, vars(entry.metrics)) for entry in releases() if entry.name == name), None
+    )
+
+
+def _contents(info: ExportInfo) -> dict[str, str]:
+    """Hash of every file to send."""
+    return {**info.sha256, SUMS: file_sha256(info.folder / SUMS)}
+
+
+@torch.inference_mode()
+def _logits(name: str, **options: Any) -> Tensor:
+    """What the model makes of two fixed images of noise."""
+    try:
+        model = timm.create_model(name, pretrained=True, **options).eval()
+    except RuntimeError as error:  # how timm and torch refuse weights
+        raise ValueError(f"timm cannot load {name}: {' '.join(str(error).split())}") from error
+    size = model.pretrained_cfg["input_size"]
+    return model(torch.randn(2, *size, generator=torch.Generator().manual_seed(0)))
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def _api() -> HfApi:
+    return HfApi(library_name="tffd_zoo", library_version=__version__)
+
+
+def _tagged(api: HfApi, config: PublishConfig) -> str | None:
+    """The commit that the tag names."""
+    tags = api.list_repo_refs(config.repo).tags
+    return next((found.target_commit for found in tags if found.name == config.tag), None)
+
+
+def _holds(api: HfApi, repo: str, revision: str, info: ExportInfo) -> bool:
+    """Whether a revision has the files of the export and no others."""
+    found = api.verify_repo_checksums(repo, revision=revision, local_dir=info.folder)
+    return not found.mismatches and not found.extra_paths and set(found.missing_paths) <= HUB_FILES
+
+
+def _name_of_release(repo: str, revision: str | None) -> str:
+    """What the config of a published model says that it is."""
+    with tempfile.TemporaryDirectory() as cache:
+        config = json.loads(Path(hf_hub_download(repo, CONFIG, revision=revision, cache_dir=cache)).read_text())
+    ours = config.get("tffd_zoo")
+    return f"{ours['architecture']}.{ours['tag']}" if ours else "a model of another kind"
+
+
+@contextmanager
+def _step(what: str, state: str) -> Iterator[None]:
+    """Name a step that talks to the Hub: any failure becomes one line with what is on the Hub then.
+
+    The client's own errors, those of its HTTP library and of the system have no common base.
+    """
+    try:
+        yield
+    except Exception as error:
+        reasons = []
+        cause: BaseException | None = error
+        while cause is not None:
+            text = cause.server_message if isinstance(cause, HfHubHTTPError) else None
+            lines = (text or str(cause) or type(cause).__name__).strip().splitlines()
+            status = f"{cause.response.status_code} " if isinstance(cause, HfHubHTTPError) else ""
+            reasons.append(status + lines[0])
+            cause = cause.__cause__
+        raise OSError(f"could not {what}: {': '.join(dict.fromkeys(reasons))}; {state}") from error
+
+
+def _check_token() -> None:
+    """Refuse to start without a token, or with one that HTTP cannot carry: an error message would quote it."""
+    token = get_token()
+    if token is None:
+        raise ValueError("there is no token; set HF_TOKEN or run `hf auth login` (nothing was sent)")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("the token holds characters that no token has; set HF_TOKEN again or run `hf auth login`")
+
+
+def _check_names(config: PublishConfig) -> None:
+    validate_repo_id(config.repo)
+    if "/" not in config.repo:
+        raise ValueError(f"--repo {config.repo} has no organisation; name it like organisation/name")
+    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.tag)
+    if not plain or config.tag == "main" or re.fullmatch(r"[0-9a-f]{7,40}", config.tag):
+        raise ValueError(f"--tag {config.tag} could be taken for a branch or a commit; name it like v1")
+    if config.tolerance < 0:
+        raise ValueError(f"--tolerance {config.tolerance} is no number of images; 0 is the strictest")
+
+
+if __name__ == "__main__":
+    run_cli(main, PublishConfig)

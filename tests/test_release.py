@@ -1,0 +1,69 @@
+"""tffd_zoo.release: from an export to an entry of the manifest with its weights beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_export import small_export
+
+from tffd_zoo.export import write_sums
+from tffd_zoo.models import releases
+from tffd_zoo.release import ReleaseConfig, main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_export(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    path = tmp_path / "manifest.json"
+    path.write_text('{"label_sets": {}, "releases": []}')
+    return path
+
+
+def test_an_export_becomes_a_release_whose_weights_and_figures_are_its_own(run: Path, manifest: Path) -> None:
+    main(ReleaseConfig(run, manifest=manifest))
+    (entry,) = releases(manifest)
+    assert entry.name == "tffd_resnet20.digits"
+    weights = load_file(run / "export" / "model.safetensors")
+    loaded = entry.load()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    metrics = json.loads((run / "export" / "metrics.json").read_text())
+    figures = ("images", "correct1", "correct5", "top1", "top5", "nll", "ece")
+    assert {name: getattr(entry.metrics, name) for name in figures} == {name: metrics[name] for name in figures}
+    assert (entry.metrics.dataset, entry.metrics.split, entry.label_set) == ("digits", "test", "digits")
+    assert (entry.training.epochs, entry.training.hours, entry.training.hardware) == (2, 0.25, "a small machine")
+    assert entry.input.size == (3, 16, 16)
+
+
+def test_a_release_is_replaced_only_when_that_is_asked_for(run: Path, manifest: Path, tmp_path: Path) -> None:
+    main(ReleaseConfig(run, manifest=manifest))
+    (first,) = releases(manifest)
+    better = small_export(tmp_path / "better", seed=1)
+    with pytest.raises(ValueError, match="is released already"):
+        main(ReleaseConfig(better, manifest=manifest))
+    assert releases(manifest) == (first,)
+    main(ReleaseConfig(better, replace=True, manifest=manifest))
+    (second,) = releases(manifest)
+    assert second.sha256 != first.sha256
+
+
+def test_what_is_no_export_or_lacks_its_training_time_is_refused(run: Path, manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="neither an export nor the folder of a run"):
+        main(ReleaseConfig(tmp_path, manifest=manifest))
+    shutil.copytree(run / "export", tmp_path / "export")
+    (tmp_path / "export" / "environment.json").write_text('{"hardware": "a small machine"}')
+    write_sums(tmp_path / "export")
+    with pytest.raises(ValueError, match="pass --hours"):
+        main(ReleaseConfig(tmp_path, manifest=manifest))
+    assert releases(manifest) == ()
+    main(ReleaseConfig(tmp_path, hours=1.5, manifest=manifest))
+    assert releases(manifest)[0].training.hours == 1.5

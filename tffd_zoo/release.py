@@ -1,0 +1,123 @@
+"""Release an export: from its records to an entry of the manifest, its weights in the wheel.
+
+    python -m tffd_zoo.release runs/tffd-tffd_resnet20-s0
+
+From the next start of Python on, `timm.create_model("tffd_resnet20", pretrained=True)` loads them without network. What
+is too large for the wheel goes to the Hub: `hub/publish.py --add-to-manifest`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .cards import DATASETS
+from .cli import run_cli
+from .export import ENVIRONMENT, SUMS, WEIGHTS, ExportInfo, verify_export
+from .models import HubFile, Input, Metrics, Release, Training, WheelFile, add_release, releases
+from .models.manifest import MANIFEST
+
+FIGURES = ("images", "correct1", "correct5", "top1", "top5", "nll", "ece")
+
+
+@dataclass(frozen=True)
+class ReleaseConfig:
+    """Put an export into the manifest and its weights into the package."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-OR-EXPORT")]
+    """An export, or the folder of a run that has one."""
+    replace: bool = False
+    """Put it in the place of the release of the same name."""
+    hours: float | None = None
+    """Wall-clock hours of training, where the export does not say."""
+    manifest: Path = MANIFEST
+    """The manifest; the weights go to weights/ beside it."""
+
+
+def main(config: ReleaseConfig) -> None:
+    """Check the export, add it, and say what it is called.
+
+    Raises:
+        ValueError, OSError: the export or its entry is not right; nothing was changed.
+    """
+    info = verify_export(find_export(config.source))
+    entry = release_of(info, WheelFile(info.weights), config.hours)
+    stored = add_release(entry, replaces=config.replace, manifest=config.manifest)
+    print(f'{config.manifest} has {stored.name}: timm.create_model("{stored.name}", pretrained=True)')
+
+
+def find_export(folder: Path) -> Path:
+    """The export that `folder` is, or that the run in `folder` has.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for candidate in (folder, folder / "export"):
+        if (candidate / SUMS).is_file():
+            return candidate
+    raise FileNotFoundError(f"{folder} is neither an export nor the folder of a run that has one; finish the run first")
+
+
+def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None = None) -> Release:
+    """The manifest entry of an export.
+
+    Args:
+        info: the export.
+        file: where its weights lie.
+        hours: wall-clock hours of training, where `environment.json` does not say.
+
+    Raises:
+        ValueError: a figure is missing or cannot be.
+    """
+    environment = json.loads((info.folder / ENVIRONMENT).read_text()) if ENVIRONMENT in info.sha256 else {}
+    hours = hours or environment.get("hours")
+    if not hours:
+        raise ValueError(f"{info.folder}: {ENVIRONMENT} does not say how long the training took; pass --hours")
+    dataset = DATASETS.get(info.tag.split("_")[-1])
+    hub_id = dataset.hub_id if dataset else None
+    evaluation, preprocessing = info.metrics["evaluation"], info.config["pretrained_cfg"]
+    label_names = tuple(info.config["label_names"])
+    return Release(
+        architecture=info.architecture,
+        tag=info.tag,
+        file=file,
+        size=info.weights.stat().st_size,
+        sha256=info.sha256[WEIGHTS],
+        input=Input(
+            size=tuple(preprocessing["input_size"]),
+            mean=tuple(preprocessing["mean"]),
+            std=tuple(preprocessing["std"]),
+            interpolation=preprocessing["interpolation"],
+            crop_pct=preprocessing["crop_pct"],
+        ),
+        label_set=_label_set(label_names, hub_id or info.tag),
+        label_names=label_names,
+        license=preprocessing["license"],
+        recipe=info.recipe,
+        metrics=Metrics(
+            dataset=hub_id or evaluation["data"],
+            split=evaluation["split"],
+            **{name: info.metrics[name] for name in FIGURES},
+        ),
+        training=Training(
+            epochs=info.metrics.get("epoch", info.recipe["optim"]["epochs"]),
+            hours=hours,
+            seed=info.recipe["run"]["seed"],
+            hardware=environment.get("hardware", ""),
+        ),
+    )
+
+
+def _label_set(label_names: tuple[str, ...], data: str) -> str:
+    """What the manifest calls these class names already, else a plain form of the data set's name."""
+    known = (entry.label_set for entry in releases() if entry.label_names == label_names)
+    return next(known, re.sub(r"[^a-z0-9]+", "_", data.split("/")[-1].lower()))
+
+
+if __name__ == "__main__":
+    run_cli(main, ReleaseConfig)
