@@ -21,6 +21,7 @@ import torch
 import tyro
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
 from timm.models import is_model, parse_model_name, split_model_name_tag
 from torch import nn
@@ -162,14 +163,15 @@ def load_model(name: str) -> nn.Module:
     An export is checked against its hashes first.
 
     Raises:
-        ValueError, OSError: it cannot be had; says why.
+        ValueError: it cannot be had; says why.
+        FileNotFoundError: a file of an export is missing.
     """
     source, model_id = parse_model_name(name)
     if source == "local-dir" and (Path(model_id) / SUMS).exists():
         verify_export(model_id)
     try:
         return timm.create_model(name, pretrained=True)
-    except RuntimeError as error:  # how timm and torch refuse weights
+    except (RuntimeError, OSError, SafetensorError) as error:  # how timm, the Hub's client and safetensors refuse
         raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
