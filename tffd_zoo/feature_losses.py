@@ -140,6 +140,9 @@ def align(student: Tensor, target: Tensor, loss: FeatureLoss) -> tuple[Tensor, T
 def check_pre_activation(features: Tensor) -> None:
     """Refuse, for the loss `ab`, a feature that has been through a ReLU. Waits for the device: not for every step.
 
+    Not for the first step either where a residual block ends in a scale that starts at zero, as timm's do: until the
+    first update such a block adds nothing to its non-negative input, and nothing is negative before its last ReLU.
+
     Raises:
         ValueError: if no value is negative.
     """

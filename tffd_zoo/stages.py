@@ -90,16 +90,12 @@ def stage_norms(model: nn.Module, stages: Stages, input_size: tuple[int, int, in
         ValueError: if a stage's feature has no such BatchNorm (ConvNeXt, ViT), naming the stage and its norm layers.
     """
     logits, features = _dry_run(model, stages, input_size)
-    by_weight = {
-        module.weight.data_ptr(): module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine
-    }
+    by_weight = {m.weight: m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine}
     norms: list[nn.Module] = []
     for name, feature in zip(stages.names, features, strict=True):
         node = _producing_norm(feature) or _consuming_norm(feature, logits)
-        weight = None if node is None else node._saved_weight
-        norm = None if weight is None else by_weight.get(weight.data_ptr())
+        weight = None if node is None else node.next_functions[1][0]  # the inputs are the feature, the scale, the shift
+        norm = None if weight is None else by_weight.get(weight.variable)
         if norm is None or norm.num_features != feature.shape[1]:
             raise ValueError(
                 f"bn_scale cannot rank the {feature.shape[1]} channels of stage {name}: no affine BatchNorm makes or "
@@ -228,9 +224,8 @@ def _dry_run(model: Any, stages: Stages, input_size: tuple[int, int, int]) -> tu
     """Logits and stage features of one random image, with their autograd graph."""
     parameter = next(model.parameters())
     images = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(parameter)
-    images.requires_grad_()  # so that frozen layers are on the graph too
     try:
-        with _in_eval_mode(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with _untouched(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
             final, features = model.forward_intermediates(images, indices=list(stages.indices), output_fmt="NCHW")
             return model.forward_head(final), features
     except (AssertionError, RuntimeError) as error:  # how timm and torch refuse a shape
@@ -238,12 +233,18 @@ def _dry_run(model: Any, stages: Stages, input_size: tuple[int, int, int]) -> tu
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, with frozen parameters on the autograd graph too; afterwards as it was before."""
     modes = {module: module.training for module in model.modules()}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     model.eval()
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     try:
         yield
     finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         model.train()  # some models cache in eval mode (LeViT its attention biases) and clear the cache here
         for module, mode in modes.items():
             module.training = mode
