@@ -429,6 +429,10 @@ def test_device_and_dtype_reach_every_tensor(name: str) -> None:
     model = timm.create_model(name, device="meta", dtype=torch.bfloat16)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model.reset_classifier(0)
+    model.reset_classifier(5)
+    assert model.get_classifier().weight.device.type == "meta"
+    assert model.get_classifier().weight.dtype == torch.bfloat16
 
 
 def test_head_and_regularisation_arguments_take_effect(name: str) -> None:
