@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
 
 
 @contextmanager
@@ -55,6 +59,25 @@ def replacing_folder(folder: Path | str) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path | str, **metadata: str) -> None:
+    """Write `tensors` as a safetensors file with `metadata`, equal to the byte whenever they are.
+
+    Combine it with :func:`replacing_file` or :func:`replacing_folder`.
+    """
+    data = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt", **metadata}
+    )
+    # safetensors writes the metadata in an order that changes from call to call, and with it the hash of the file
+    start, end = 8, 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[start:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    sorted_header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - start)
+    assert len(sorted_header) == end - start
+    with Path(path).open("wb") as file:
+        file.write(data[:start] + sorted_header)
+        file.write(memoryview(data)[end:])
 
 
 def restore_folder(folder: Path | str) -> None:

@@ -39,6 +39,16 @@ DATASETS = {
 """Data sets by the last part of a tag: `c100` of `ce_c100`."""
 
 
+OTHER_METHODS = {
+    "byot": "the self-distillation of BYOT",
+    "cs_kd": "the class-wise self-distillation of CS-KD",
+    "tf_kd": "the designed teacher of Tf-KD",
+    "ps_kd": "the progressive self-distillation of PS-KD",
+    "drop": "DropBlock or Dropout",
+}
+"""Methods that a recipe may have in place of Tf-FD or beside it, by the name of their section."""
+
+
 @dataclass(frozen=True)
 class Twin:
     """The same run without Tf-FD, to compare with."""
@@ -155,13 +165,18 @@ def _summary(info: CardInfo) -> str:
 
 
 def _method(recipe: Mapping[str, Any]) -> str:
-    tffd = recipe.get("tffd")
-    if not tffd:
-        return "with plain cross-entropy, as the twin that Tf-FD is compared with"
-    return (
-        "with teacher-free feature distillation (Tf-FD): salient channels teach redundant ones and deep stages shallow "
-        f"ones (lambda_intra {tffd['lambda_intra']:g}, lambda_inter {tffd['lambda_inter']:g}), with no second network"
-    )
+    """Say in words what taught the model beside the labels."""
+    tffd, teacher, kd = (recipe.get(section) for section in ("tffd", "teacher", "kd"))
+    parts = [words for section, words in OTHER_METHODS.items() if recipe.get(section)]
+    if teacher:
+        network = f"`{teacher['model']}`" if teacher["model"] else "branches of its own"
+        parts.append(f"{'logits' if kd else 'features'} of a second network ({network}, {teacher['paradigm']})")
+    if tffd:
+        parts.append(
+            "teacher-free feature distillation (Tf-FD: salient channels teach redundant ones and deep stages shallow "
+            f"ones; lambda_intra {tffd['lambda_intra']:g}, lambda_inter {tffd['lambda_inter']:g})"
+        )
+    return f"with {' and '.join(parts)}" if parts else "with cross-entropy alone"
 
 
 def _loading(info: CardInfo) -> str:

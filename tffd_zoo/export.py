@@ -21,14 +21,14 @@ import torch
 import tyro
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models import split_model_name_tag
 from timm.models._hub import save_config_for_hf
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from ._version import __version__
-from .atomic import replacing_folder, restore_folder
+from .atomic import replacing_folder, restore_folder, save_tensors
 from .cards import LICENSE, CardInfo, Twin, render_card
 from .cli import run_cli
 from .evaluation import EvalResult, model_cost
@@ -136,7 +136,7 @@ def export(
     missing = METRIC_KEYS - metrics.keys()
     if missing:
         raise ValueError(f"metrics lack {', '.join(sorted(missing))}; evaluate the model and give all of them")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"weight {name!r} is not finite, so there is nothing worth exporting; use earlier weights")
@@ -151,7 +151,7 @@ def export(
         "tffd_zoo_version": __version__,
     }
     with replacing_folder(folder) as aside:
-        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt", **provenance})
+        save_tensors(tensors, aside / WEIGHTS, **provenance)
         save_config_for_hf(
             model,
             str(aside / CONFIG),
@@ -221,6 +221,7 @@ def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str
             "revision": data["revision"],
             **{key: data["eval"][key] for key in ("split", "fingerprint")},
             "held_out": recipe["data"]["holdout"],
+            **{key: recipe["data"][key] for key in ("image_column", "label_column")},
             **data["spec"],
             "precision": recipe["run"]["precision"],
             "device": environment["device"],
@@ -369,7 +370,7 @@ def _check_reload(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Load `folder` through timm and compare it with what went in, bit by bit."""
     with torch.random.fork_rng(devices=[]):  # a run may export on its way; building a model draws random numbers
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
-    if loaded.keys() != tensors.keys() or not all(torch.equal(loaded[name], tensors[name]) for name in tensors):
+    if loaded.keys() != tensors.keys() or not all(torch.equal(loaded[name], tensors[name].cpu()) for name in tensors):
         raise ValueError(
             "timm does not rebuild this model from its config; make it with timm.create_model, and give what was "
             "changed afterwards as arguments there"
