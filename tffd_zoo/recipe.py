@@ -7,6 +7,7 @@ beside the weights. A variant is another recipe with a few fields replaced.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .tasks import TfFDConfig
+from .tasks import (
+    BYOTConfig,
+    CSKDConfig,
+    DropConfig,
+    KDConfig,
+    PSKDConfig,
+    TeacherConfig,
+    TfFDConfig,
+    TfKDConfig,
+)
 
 # Fields that change where and how a run is kept, not what it computes: a resumed run may differ in them.
 OPERATIONAL = (
@@ -143,7 +153,21 @@ class Recipe:
     data: Annotated[DataConfig, tyro.conf.arg(name="")]
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")]
     tffd: TfFDConfig | None = None
-    """Tf-FD; None trains plainly."""
+    """Tf-FD; None trains without it."""
+    teacher: TeacherConfig | None = None
+    """A second network to learn from."""
+    kd: KDConfig | None = None
+    """Distillation of the teacher's logits."""
+    byot: BYOTConfig | None = None
+    """Be Your Own Teacher."""
+    cs_kd: CSKDConfig | None = None
+    """Class-wise self-distillation; half of every batch are partners, so double the batch size."""
+    tf_kd: TfKDConfig | None = None
+    """Teacher-free distillation by regularisation."""
+    ps_kd: PSKDConfig | None = None
+    """Progressive self-distillation."""
+    drop: DropConfig | None = None
+    """DropBlock and Dropout."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
     @property
@@ -189,12 +213,13 @@ def recipe_from_cli(presets: Mapping[str, Recipe], description: str, args: Seque
     args = list(sys.argv[1:] if args is None else args)
     preset = args.pop(0) if args and not args[0].startswith("-") else next(iter(presets))
     if preset not in presets:
-        raise ValueError(f"unknown preset '{preset}'; choose one of {', '.join(presets)}")
-    listing = f"presets (the first argument; the defaults below are those of '{preset}'): {', '.join(presets)}"
+        close = difflib.get_close_matches(preset, presets) or presets
+        raise ValueError(f"unknown preset '{preset}'; choose one of {', '.join(close)} (--help has them all)")
+    note = f"The first argument names a preset of the tables above; the defaults below are those of '{preset}'."
     return tyro.cli(
         Recipe,
         args=args,
         default=presets[preset],
-        description=f"{description.strip()}\n\n{listing}",
+        description=f"{description.strip()}\n\n{note}",
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -36,18 +36,25 @@ class Weight:
         value: the factor lambda (with `share`: its start, until the first measurement).
         share: target share: lambda follows the measured gradient norms so that
             lambda ||grad L|| / ||grad CE|| stays near this number.
-        scheduled: whether the loss-weight schedule w(t) multiplies it.
+        scheduled: whether the task's loss-weight schedule w(t) multiplies it.
+        schedule: a schedule of its own, in place of the task's.
+        replaces_ce: whether it takes its weight from cross-entropy, which then counts 1 - lambda: the two are mixed
+            rather than added.
     """
 
     value: float = 1.0
     share: float | None = None
     scheduled: bool = True
+    schedule: LossWeight | None = None
+    replaces_ce: bool = False
 
 
 class Objective(nn.Module):
     """One or more named losses beside cross-entropy; sub-classes set `weights` and return the raw losses by name."""
 
     weights: dict[str, Weight]
+    paired: bool = False
+    """Whether the second half of every batch only teaches the first: cross-entropy leaves it out."""
 
     def begin_batch(self, epoch: float, batch: int) -> None:
         """Told before every training batch how many epochs (fractional) and batches were done: state that steers Python
@@ -73,11 +80,13 @@ class StagedModel(nn.Module):
         self.model: Any = model
         self.indices = list(stages.indices)
         self.tapped = bool(taps)
-        self._tapped: list[Tensor] = []
+        self._tapped: list[Tensor] | None = None
         for module in taps:
             module.register_forward_pre_hook(self._tap)
 
     def _tap(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self._tapped is None:  # the model on its own, as in evaluation
+            return args
         self._tapped.append(args[0])
         # An in-place activation would overwrite the very tensor that we keep.
         return (args[0].clone(), *args[1:]) if getattr(module, "inplace", False) else args
@@ -86,7 +95,8 @@ class StagedModel(nn.Module):
         self._tapped = []
         final, features = self.model.forward_intermediates(images, indices=self.indices, output_fmt="NCHW")
         if self.tapped:
-            features, self._tapped = self._tapped, []
+            features = self._tapped
+        self._tapped = None
         return self.model.forward_head(final), features
 
     # timm's optimizer factory asks the module that it is given for these.
@@ -102,9 +112,11 @@ class StagedModel(nn.Module):
 class DistillationTask(TrainingTask):
     """Cross-entropy plus w(t) sum_k lambda_k L_k over the losses of its objectives, on one forward pass.
 
+    A loss that replaces cross-entropy takes its weight from it: (1 - sum_replacing w lambda_k) CE + ...
+
     `forward(images, targets)` returns a dict: `loss` (to call backward on), `output` (logits), `ce`, every L_k by name,
-    `loss_weight` (w), and on measured batches `grad_ratio/<name>`, the gradient share
-    w lambda_k ||grad L_k|| / ||grad CE|| on the model's parameters.
+    `loss_weight` (w) and `loss_weight/<name>` for a loss with a schedule of its own, and on measured batches
+    `grad_ratio/<name>`, the gradient share w lambda_k ||grad L_k|| / ||grad CE|| on the model's parameters.
 
     Only training batches count: the schedule and all measurements stand still in eval mode. The batch count and the
     state of the objectives are buffers, so a state dict resumes them.
@@ -123,6 +135,7 @@ class DistillationTask(TrainingTask):
     batches_seen: Tensor
     loss_weight: Tensor
     lambdas: Tensor
+    own_weights: Tensor
     scheduled: Tensor
 
     def __init__(
@@ -140,14 +153,15 @@ class DistillationTask(TrainingTask):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=False)
-        if schedule is not None and not batches_per_epoch:
+        if objectives and stages is None:
+            raise ValueError("objectives compare stage features: pass stages=find_stages(model)")
+        weights = {name: weight for objective in objectives for name, weight in objective.weights.items()}
+        schedules = {name: weight.schedule for name, weight in weights.items() if weight.schedule is not None}
+        if (schedule is not None or schedules) and not batches_per_epoch:
             raise ValueError(
                 "the loss-weight schedule runs in epochs: pass batches_per_epoch=len(train_loader), or switch it off "
                 "with warmup=0, decay='none'"
             )
-        if objectives and stages is None:
-            raise ValueError("objectives compare stage features: pass stages=find_stages(model)")
-        weights = {name: weight for objective in objectives for name, weight in objective.weights.items()}
         assert len(weights) == sum(len(objective.weights) for objective in objectives), "two losses share a name"
         if any(weight.share for weight in weights.values()) and measure_every < 1:
             raise ValueError("a target gradient share has to be measured: set measure_every to 1 or more batches")
@@ -162,14 +176,19 @@ class DistillationTask(TrainingTask):
         self.measure_every = measure_every
         self.names = tuple(weights)
         self.shares = tuple(weight.share for weight in weights.values())
+        self.schedules = schedules
+        self.replacing = tuple(weight.replaces_ce for weight in weights.values())
+        self.paired = any(objective.paired for objective in objectives)
         self._compute_compiled: Callable[..., Any] | None = None
         # The count steers Python branches: a host mirror spares the hot path the device read.
         self._batches = 0
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("loss_weight", torch.ones(()))
         self.register_buffer("lambdas", torch.tensor([weight.value for weight in weights.values()]))
-        scheduled = torch.tensor([weight.scheduled for weight in weights.values()], dtype=torch.bool)
-        self.register_buffer("scheduled", scheduled, persistent=False)
+        # Of the losses that w(t) does not multiply: 1, or what their own schedules say.
+        self.register_buffer("own_weights", torch.ones(len(weights)), persistent=bool(schedules))
+        scheduled = [weight.scheduled and weight.schedule is None for weight in weights.values()]
+        self.register_buffer("scheduled", torch.tensor(scheduled, dtype=torch.bool), persistent=False)
         self.register_load_state_dict_post_hook(lambda task, _: task._read_batch_count())
 
     def _read_batch_count(self) -> None:
@@ -202,6 +221,8 @@ class DistillationTask(TrainingTask):
             result = {"loss": loss, "output": logits, **terms}
         if self.names:
             result["loss_weight"] = self.loss_weight
+        for name in self.schedules:
+            result[f"loss_weight/{name}"] = self.own_weights[self.names.index(name)]
         if self.training:
             self._batches += 1
             self.batches_seen.fill_(self._batches)
@@ -211,6 +232,8 @@ class DistillationTask(TrainingTask):
         epoch = self._batches / self.batches_per_epoch if self.batches_per_epoch else 0.0
         if self.schedule is not None:
             self.loss_weight.fill_(self.schedule(epoch))
+        for name, schedule in self.schedules.items():
+            self.own_weights[self.names.index(name)] = schedule(epoch)
         for objective in self.objectives:
             objective.begin_batch(epoch, self._batches)
 
@@ -223,19 +246,23 @@ class DistillationTask(TrainingTask):
             logits, features = self.trainable_module(images), []
         else:
             logits, features = self.trainable_module(images)
-        terms = {"ce": self.criterion(logits, targets)}
+        classified = len(logits) // 2 if self.paired else len(logits)
+        terms = {"ce": self.criterion(logits[:classified], targets[:classified])}
         view = View(images, targets, logits, features, indices)
         for objective in self.objectives:
             terms.update(objective(view))
         return terms, logits
 
     def _coefficients(self) -> Tensor:
-        return self.lambdas * torch.where(self.scheduled, self.loss_weight, 1.0)
+        return self.lambdas * torch.where(self.scheduled, self.loss_weight, self.own_weights)
 
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         loss = terms["ce"]
         if self.names:
-            loss = loss + (self._coefficients() * torch.stack([terms[name] for name in self.names])).sum()
+            coefficients = self._coefficients()
+            if any(self.replacing):
+                loss = (1 - sum(coefficients[k] for k, replaces in enumerate(self.replacing) if replaces)) * loss
+            loss = loss + (coefficients * torch.stack([terms[name] for name in self.names])).sum()
         return loss
 
     # --- gradient shares ----------------------------------------------------------------------------------------------
@@ -257,7 +284,10 @@ class DistillationTask(TrainingTask):
         if not loss.requires_grad:
             return loss.new_zeros(())
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        flat = torch.cat([grad.detach().flatten().float() for grad in grads if grad is not None])
+        found = [grad.detach().flatten().float() for grad in grads if grad is not None]
+        if not found:  # a loss of another network, such as a teacher's own
+            return loss.new_zeros(())
+        flat = torch.cat(found)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat)
             flat /= dist.get_world_size()

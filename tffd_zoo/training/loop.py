@@ -12,26 +12,23 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from timm import create_model
-from timm.data import Mixup
-from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
-from ..data import Batch, ImageSource, ImageSpec, Loader, eval_loader, holdout, open_source, train_loader
-from ..data.memory import AUGMENTS
+from ..data import Batch, Loader
 from ..evaluation import EvalResult, evaluate
 from ..export import export_run
-from ..recipe import DataConfig, OptimConfig, Recipe
-from ..tasks import DistillationTask, TfFDTask
+from ..recipe import OptimConfig, Recipe
+from .build import image_spec, make_loaders, make_mixup, make_task, memory_format, open_sources
 from .curves import draw_curves
 from .progress import Progress, StopSignal, TermSums
 from .run_folder import RunFolder
@@ -65,11 +62,10 @@ def train(recipe: Recipe) -> Path:
     train_source, eval_source = open_sources(recipe.data, run.seed)
     model = create_model(recipe.model, num_classes=train_source.num_classes)
     layout = memory_format(recipe, accelerator.device)
-    model.to(memory_format=layout)
     spec = image_spec(recipe, model)
     train_batches, eval_batches = make_loaders(recipe, spec, train_source, eval_source, layout, accelerator)
     mixup = make_mixup(recipe, train_source, accelerator.num_processes)
-    task = make_task(recipe, model, spec, len(train_batches), soft_targets=mixup is not None)
+    task = make_task(recipe, model, spec, train_source, len(train_batches)).to(memory_format=layout)
     if run.sync_bn and accelerator.num_processes > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(task)
     if run.compile:
@@ -186,7 +182,6 @@ def train(recipe: Recipe) -> Path:
             ) if accelerator.is_main_process else None
             if stop.signal is not None and progress.step < total_steps:
                 _leave(stop, folder, progress)
-    accelerator.end_training()
 
     # --- export -------------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
@@ -194,120 +189,8 @@ def train(recipe: Recipe) -> Path:
         export_run(folder.path, weights=run.weights)
         accelerator.print(f"exported to {folder.path / 'export'}")
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return folder.path / "export"
-
-
-# --- parts of a run, from their settings ------------------------------------------------------------------------------
-
-
-def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
-    """The images to train on and those to evaluate on.
-
-    Raises:
-        ValueError: the two don't have the same classes.
-    """
-
-    def source(split: str) -> ImageSource:
-        return open_source(
-            config.source,
-            split,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            revision=config.revision,
-            skip_unreadable=config.skip_unreadable,
-        )
-
-    train_source = source(config.train_split)
-    if config.holdout:
-        # One split for all seeds of a study: what is compared is judged on the same images.
-        return holdout(train_source, config.holdout)
-    eval_source = source(config.eval_split)
-    if train_source.label_names != eval_source.label_names:
-        raise ValueError(
-            f"the classes of split '{config.train_split}' ({train_source.num_classes}) and split "
-            f"'{config.eval_split}' ({eval_source.num_classes}) differ; choose splits of one data set"
-        )
-    return train_source, eval_source
-
-
-def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
-    """The layout that the recipe asks for, or the faster one.
-
-    On CPU the narrow CIFAR networks are faster in channels_last and timm's wider ones in NCHW; on GPU channels_last pays
-    with mixed precision.
-    """
-    channels_last = recipe.run.channels_last
-    if channels_last is None:
-        small = recipe.model.startswith(("tffd_resnet20", "tffd_resnet32", "tffd_resnet44", "tffd_resnet56"))
-        channels_last = recipe.run.precision != "no" if device.type == "cuda" else small
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def image_spec(recipe: Recipe, model: nn.Module) -> ImageSpec:
-    """Preprocessing: the model's own, at the recipe's image size when it names one."""
-    size = recipe.data.image_size
-    return ImageSpec.from_model(model, **({"input_size": (3, size, size)} if size else {}))
-
-
-class Loaders(NamedTuple):
-    """Batches of this process."""
-
-    train: Loader
-    eval: Loader
-
-
-def make_loaders(
-    recipe: Recipe,
-    spec: ImageSpec,
-    train_source: ImageSource,
-    eval_source: ImageSource,
-    layout: torch.memory_format,
-    accelerator: Accelerator,
-) -> Loaders:
-    """Training and evaluation batches for this process."""
-    data, batch_size = recipe.data, recipe.optim.batch_size
-    shared: dict[str, Any] = {
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "workers": data.workers,
-        "in_memory": data.in_memory,
-        "memory_format": layout,
-    }
-    augment = dataclasses.replace(AUGMENTS[data.augment], padding_mode=data.padding_mode)
-    train_batches = train_loader(
-        train_source, spec, batch_size, recipe.run.seed, augment=augment, drop_last=data.drop_last, **shared
-    )
-    return Loaders(train_batches, eval_loader(eval_source, spec, max(batch_size, 250), **shared))
-
-
-def make_mixup(recipe: Recipe, source: ImageSource, processes: int) -> Mixup | None:
-    """timm's mixup and CutMix; with both, each batch draws one of them."""
-    optim = recipe.optim
-    if not (optim.mixup or optim.cutmix):
-        return None
-    last = 0 if recipe.data.drop_last else len(source) % (optim.batch_size * processes)
-    if optim.batch_size % 2 or last % (2 * processes):
-        raise ValueError("mixup and CutMix pair the images of a batch: use an even --batch-size and --drop-last")
-    return Mixup(optim.mixup, optim.cutmix, label_smoothing=optim.label_smoothing, num_classes=source.num_classes)
-
-
-def make_task(
-    recipe: Recipe, model: nn.Module, spec: ImageSpec, batches_per_epoch: int, soft_targets: bool = False
-) -> DistillationTask:
-    """The training task of a recipe."""
-    # With soft targets mixup has already smoothed them.
-    smoothing = 0.0 if soft_targets else recipe.optim.label_smoothing
-    criterion = create_classification_loss(smoothing=smoothing, soft_targets=soft_targets)
-    if recipe.tffd is None:
-        return DistillationTask(model, criterion=criterion)
-    return TfFDTask(
-        model,
-        recipe.tffd,
-        epochs=recipe.optim.epochs,
-        batches_per_epoch=batches_per_epoch,
-        criterion=criterion,
-        input_size=spec.input_size,
-    )
 
 
 # --- small parts of the loop ------------------------------------------------------------------------------------------

@@ -1,0 +1,287 @@
+"""Teacher-free neighbours of Tf-FD, from their papers' equations: BYOT, CS-KD, Tf-KD by regularisation, and PS-KD.
+
+They are baselines, so their settings default to the published ones; where a paper leaves a choice open, the class says
+which was made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..feature_losses import align, l2
+from ..logit_losses import kl
+from ..schedules import LossWeight
+from ..stages import Stages
+from .base import Objective, View, Weight
+
+# --- BYOT -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BYOTConfig:
+    """Be Your Own Teacher: classifiers on the shallow stages learn from the labels and from the deepest one."""
+
+    alpha: float = 0.1
+    """Share of each shallow classifier's loss that comes from the deepest classifier's logits."""
+    temperature: float = 3.0
+    """Temperature of those logits."""
+    beta: float = 1e-6
+    """Weight of the squared distance between each shallow branch's features and the deepest ones."""
+
+    def __post_init__(self) -> None:
+        _check_share("alpha", self.alpha)
+        _check_temperature(self.temperature)
+
+
+class BYOT(Objective):
+    """sum_i (1 - alpha) CE(q_i, y) + alpha T^2 KL(sg q_L || q_i) + beta ||f_i - sg F_L||^2 over shallow stages i < L.
+
+    q_i and f_i are the logits and features of a branch on stage i: a bottleneck (1x1, 3x3 with the stride, 1x1
+    convolutions) for every step from there to the deepest stage, then average pooling and a linear classifier. The norm
+    is a sum over the batch too, as in the public reproduction that beta comes from. The branches are dropped at export.
+
+    Source: Zhang et al., "Be Your Own Teacher: Improve the Performance of Convolutional Neural Networks via Self
+    Distillation", ICCV 2019.
+
+    Args:
+        config: the settings.
+        stages: the student's stages.
+        num_classes: of the classifiers.
+        criterion: the classification loss; cross-entropy when None.
+
+    Raises:
+        ValueError: there is no shallow stage.
+    """
+
+    def __init__(
+        self, config: BYOTConfig, stages: Stages, num_classes: int, criterion: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        if len(stages) < 2:
+            raise ValueError(f"BYOT needs two stages and got {len(stages)}; choose an architecture with more")
+        self.config = config
+        self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+        self.weights = {
+            "byot_ce": Weight(1 - config.alpha, scheduled=False),
+            "byot_kd": Weight(config.alpha, scheduled=False),
+            "byot_hint": Weight(config.beta, scheduled=False),
+        }
+        shapes = list(zip(stages.channels, stages.reductions, strict=True))
+        self.adapters = nn.ModuleList(_adapter(shapes[shallow:]) for shallow in range(len(shapes) - 1))
+        self.classifiers = nn.ModuleList(nn.Linear(stages.channels[-1], num_classes) for _ in self.adapters)
+
+    def forward(self, view: View) -> dict[str, Tensor]:
+        deepest, logits = view.features[-1].detach(), view.logits.detach()
+        terms = []
+        for feature, adapter, classifier in zip(view.features, self.adapters, self.classifiers, strict=False):
+            branch = adapter(feature)
+            branch_logits = classifier(branch.mean(dim=(2, 3)))
+            # Where convolutions and pooling round odd sizes differently, the larger map is pooled.
+            hint = l2(*align(branch, deepest, "l2"), reduction="sum") * len(branch)
+            ce = self.criterion(branch_logits, view.targets)
+            terms.append((ce, kl(branch_logits, logits, self.config.temperature), hint))
+        return {
+            name: torch.stack(values).sum() for name, values in zip(self.weights, zip(*terms, strict=True), strict=True)
+        }
+
+
+def _adapter(shapes: Iterable[tuple[int, int]]) -> nn.Sequential:
+    """A bottleneck per step from one (channels, reduction) to the next."""
+    return nn.Sequential(
+        *(
+            _bottleneck(channels, deeper_channels, deeper // reduction)
+            for (channels, reduction), (deeper_channels, deeper) in pairwise(shapes)
+        )
+    )
+
+
+def _bottleneck(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    width = max(1, out_channels // 4)
+    layers: list[nn.Module] = []
+    for ins, outs, kernel, step in ((in_channels, width, 1, 1), (width, width, 3, stride), (width, out_channels, 1, 1)):
+        layers += [
+            nn.Conv2d(ins, outs, kernel, stride=step, padding=kernel // 2, bias=False),
+            nn.BatchNorm2d(outs),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+# --- CS-KD ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CSKDConfig:
+    """Class-wise self-distillation: an image's prediction learns from that of another image of its class."""
+
+    weight: float = 1.0
+    """Weight of the loss beside cross-entropy."""
+    temperature: float = 4.0
+    """Temperature of both predictions."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"the weight of CS-KD is {self.weight}; give one above 0, or leave it out")
+        _check_temperature(self.temperature)
+
+
+class CSKD(Objective):
+    """weight T^2 KL(sg p(x') || p(x)) for images x and x' of one class.
+
+    The second half of every batch are the x' of the first (`train_loader(pair_classes=True)`); they go through the same
+    forward pass, so BatchNorm sees both halves, but no loss of theirs is taken.
+
+    Source: Yun et al., "Regularizing Class-wise Predictions via Self-knowledge Distillation", CVPR 2020.
+    """
+
+    paired = True
+
+    def __init__(self, config: CSKDConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weights = {"cs_kd": Weight(config.weight, scheduled=False)}
+
+    def forward(self, view: View) -> dict[str, Tensor]:
+        if len(view.logits) % 2:
+            raise ValueError(f"a batch of {len(view.logits)} images is not made of pairs; load with pair_classes=True")
+        images, partners = view.logits.chunk(2)
+        return {"cs_kd": kl(images, partners.detach(), self.config.temperature)}
+
+
+# --- Tf-KD by regularisation ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TfKDConfig:
+    """Teacher-free distillation by regularisation: a designed distribution in the teacher's place."""
+
+    alpha: float = 0.1
+    """Weight of the loss, taken from cross-entropy."""
+    true_class: float = 0.99
+    """Probability that the designed teacher gives to the true class; the others share the rest."""
+    temperature: float = 20.0
+    """Temperature of both distributions."""
+
+    def __post_init__(self) -> None:
+        _check_share("alpha", self.alpha)
+        if not 0 < self.true_class < 1:
+            raise ValueError(f"true_class is {self.true_class}; give a probability between 0 and 1, such as 0.99")
+        _check_temperature(self.temperature)
+
+
+class TfKD(Objective):
+    """(1 - alpha) CE + alpha T^2 KL(p^d_T || p_T) with p^d = a on the true class and (1 - a) / (K - 1) on each other.
+
+    Two choices are ours: p^d is softened like any teacher's output, p^d_T ~ (p^d)^(1/T); and the factor T^2 is
+    Hinton's, without which a temperature of 20 leaves next to no gradient. (The authors' code has no T^2, softens p^d
+    to softmax(p^d / T) and leaves the student's p as it is.)
+
+    Source: Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR 2020, Tf-KD_reg.
+    """
+
+    def __init__(self, config: TfKDConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weights = {"tf_kd": Weight(config.alpha, scheduled=False, replaces_ce=True)}
+
+    def forward(self, view: View) -> dict[str, Tensor]:
+        _require_classes("Tf-KD designs its teacher from an image's class", view.targets)
+        a, logits = self.config.true_class, view.logits
+        teacher = torch.full_like(logits, math.log((1 - a) / (logits.shape[1] - 1)), dtype=torch.float32)
+        teacher.scatter_(1, view.targets[:, None], math.log(a))
+        return {"tf_kd": kl(logits, teacher, self.config.temperature)}
+
+
+# --- PS-KD ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PSKDConfig:
+    """Progressive self-distillation: an image's target mixes its label with its prediction of the epoch before."""
+
+    alpha: float = 0.8
+    """Weight of the earlier prediction in the last epoch; it rises linearly, in whole epochs counted from 1."""
+
+    def __post_init__(self) -> None:
+        _check_share("alpha", self.alpha)
+
+
+class PSKD(Objective):
+    """(1 - a_t) CE(y, p_t) + a_t CE(p_{t-1}, p_t) in epoch t of E, with a_t = alpha t / E.
+
+    p_{t-1} is what the network, in training mode, said of the same image an epoch ago; the label at first. The memory
+    of it is a buffer of images x classes in float32 (20 MB for CIFAR-100) that is part of the state dict and equal on
+    all processes.
+
+    Source: Kim et al., "Self-Knowledge Distillation with Progressive Refinement of Targets", ICCV 2021.
+
+    Args:
+        config: the settings.
+        labels: (images,) class of every image of the training set.
+        num_classes: of the logits.
+        epochs: length of the run.
+    """
+
+    predictions: Tensor
+
+    def __init__(self, config: PSKDConfig, labels: Tensor, num_classes: int, epochs: float) -> None:
+        super().__init__()
+        rising = LossWeight(epochs, warmup_epochs=epochs, whole_epochs=True)
+        self.weights = {"ps_kd": Weight(config.alpha, schedule=rising, replaces_ce=True)}
+        self.register_buffer("predictions", F.one_hot(labels, num_classes).float())
+
+    def forward(self, view: View) -> dict[str, Tensor]:
+        _require_classes("PS-KD remembers what was said of an image", view.targets)
+        if view.indices is None:
+            raise ValueError(
+                "PS-KD remembers images by their position in the data set: pass the task indices=batch.indices"
+            )
+        indices = view.indices.to(self.predictions.device, non_blocking=True)
+        loss = F.cross_entropy(view.logits.float(), self.predictions[indices])
+        if self.training:
+            self._remember(indices, view.logits.detach().float().softmax(dim=1))
+        return {"ps_kd": loss}
+
+    def _remember(self, indices: Tensor, predictions: Tensor) -> None:
+        for images, said in zip(_from_all_processes(indices), _from_all_processes(predictions), strict=True):
+            self.predictions[images] = said
+
+
+def _from_all_processes(rows: Tensor) -> list[Tensor]:
+    """`rows` of every process; their number may differ by process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [rows]
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    sizes = torch.cat(counts).tolist()
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return [part[:size] for part, size in zip(gathered, sizes, strict=True)]
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} is {value}; it is a share of the loss: give a number above 0, at most 1")
+
+
+def _check_temperature(value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"the temperature is {value}; give one above 0")
+
+
+def _require_classes(why: str, targets: Tensor) -> None:
+    if targets.ndim != 1:
+        raise ValueError(f"{why}, and mixup or CutMix blend two images of two classes: train without them")

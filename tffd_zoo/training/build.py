@@ -1,0 +1,266 @@
+"""The parts of a run, each from the section of the recipe that sets it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from timm import create_model
+from timm.data import Mixup
+from timm.loss import create_classification_loss
+from torch import nn
+
+from ..data import ImageSource, ImageSpec, Loader, eval_loader, holdout, open_source, train_loader
+from ..data.memory import AUGMENTS
+from ..eval import check_labels, check_model_name, load_model
+from ..recipe import DataConfig, Recipe
+from ..stages import Stages, find_stages, stage_activations
+from ..tasks import (
+    BYOT,
+    CSKD,
+    PSKD,
+    AuxiliaryBranches,
+    DistillationTask,
+    FrozenTeacher,
+    Objective,
+    OnlineTeacher,
+    StageDrop,
+    TeacherConfig,
+    TeacherDistillation,
+    TfFDTask,
+    TfKD,
+)
+
+
+def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
+    """The images to train on and those to evaluate on.
+
+    Raises:
+        ValueError: the two don't have the same classes.
+    """
+
+    def source(split: str) -> ImageSource:
+        return open_source(
+            config.source,
+            split,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            revision=config.revision,
+            skip_unreadable=config.skip_unreadable,
+        )
+
+    train_source = source(config.train_split)
+    if config.holdout:
+        # One split for all seeds of a study: what is compared is judged on the same images.
+        return holdout(train_source, config.holdout)
+    eval_source = source(config.eval_split)
+    if train_source.label_names != eval_source.label_names:
+        raise ValueError(
+            f"the classes of split '{config.train_split}' ({train_source.num_classes}) and split "
+            f"'{config.eval_split}' ({eval_source.num_classes}) differ; choose splits of one data set"
+        )
+    return train_source, eval_source
+
+
+def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
+    """The layout that the recipe asks for, or the faster one.
+
+    On CPU the narrow CIFAR networks are faster in channels_last and timm's wider ones in NCHW; on GPU channels_last
+    pays with mixed precision.
+    """
+    channels_last = recipe.run.channels_last
+    if channels_last is None:
+        small = recipe.model.startswith(("tffd_resnet20", "tffd_resnet32", "tffd_resnet44", "tffd_resnet56"))
+        channels_last = recipe.run.precision != "no" if device.type == "cuda" else small
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def image_spec(recipe: Recipe, model: nn.Module) -> ImageSpec:
+    """Preprocessing: the model's own, at the recipe's image size when it names one."""
+    size = recipe.data.image_size
+    return ImageSpec.from_model(model, **({"input_size": (3, size, size)} if size else {}))
+
+
+class Loaders(NamedTuple):
+    """Batches of this process."""
+
+    train: Loader
+    eval: Loader
+
+
+def make_loaders(
+    recipe: Recipe,
+    spec: ImageSpec,
+    train_source: ImageSource,
+    eval_source: ImageSource,
+    layout: torch.memory_format,
+    accelerator: Accelerator,
+) -> Loaders:
+    """Training and evaluation batches for this process."""
+    data, batch_size = recipe.data, recipe.optim.batch_size
+    shared: dict[str, Any] = {
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "workers": data.workers,
+        "in_memory": data.in_memory,
+        "memory_format": layout,
+    }
+    augment = dataclasses.replace(AUGMENTS[data.augment], padding_mode=data.padding_mode)
+    train_batches = train_loader(
+        train_source,
+        spec,
+        batch_size,
+        recipe.run.seed,
+        augment=augment,
+        drop_last=data.drop_last,
+        pair_classes=recipe.cs_kd is not None,
+        **shared,
+    )
+    return Loaders(train_batches, eval_loader(eval_source, spec, max(batch_size, 250), **shared))
+
+
+def make_mixup(recipe: Recipe, source: ImageSource, processes: int) -> Mixup | None:
+    """timm's mixup and CutMix; with both, each batch draws one of them."""
+    optim = recipe.optim
+    if not (optim.mixup or optim.cutmix):
+        return None
+    if recipe.cs_kd or recipe.tf_kd or recipe.ps_kd:
+        raise ValueError("mixup and CutMix blend images of two classes, and CS-KD, Tf-KD and PS-KD ask for one: choose")
+    last = 0 if recipe.data.drop_last else len(source) % (optim.batch_size * processes)
+    if optim.batch_size % 2 or last % (2 * processes):
+        raise ValueError("mixup and CutMix pair the images of a batch: use an even --batch-size and --drop-last")
+    return Mixup(optim.mixup, optim.cutmix, label_smoothing=optim.label_smoothing, num_classes=source.num_classes)
+
+
+# --- the task ---------------------------------------------------------------------------------------------------------
+
+
+def make_task(
+    recipe: Recipe, model: nn.Module, spec: ImageSpec, source: ImageSource, batches_per_epoch: int
+) -> DistillationTask:
+    """The training task of a recipe: cross-entropy and the losses of every section that is there.
+
+    Raises:
+        ValueError: sections that do not go together, or a teacher that cannot teach this student.
+    """
+    tffd, teacher = recipe.tffd, recipe.teacher
+    criterion = make_criterion(recipe)
+    stages = find_stages(model, tffd.stages if tffd else None)
+    objectives = make_objectives(recipe, model, stages, spec, source, criterion)
+    common: dict[str, Any] = {"criterion": criterion, "batches_per_epoch": batches_per_epoch}
+    if tffd is not None:
+        if teacher is not None and not tffd.measure_every:
+            tffd = dataclasses.replace(tffd, measure_every=teacher.measure_every)
+        return TfFDTask(
+            model, tffd, epochs=recipe.optim.epochs, objectives=objectives, input_size=spec.input_size, **common
+        )
+    if not objectives:
+        return DistillationTask(model, **common)
+    return DistillationTask(
+        model, objectives, stages=stages, measure_every=teacher.measure_every if teacher else 0, **common
+    )
+
+
+def make_criterion(recipe: Recipe) -> nn.Module:
+    """The classification loss."""
+    soft_targets = bool(recipe.optim.mixup or recipe.optim.cutmix)
+    # With soft targets mixup has already smoothed them.
+    smoothing = 0.0 if soft_targets else recipe.optim.label_smoothing
+    return create_classification_loss(smoothing=smoothing, soft_targets=soft_targets)
+
+
+def make_objectives(
+    recipe: Recipe, model: nn.Module, stages: Stages, spec: ImageSpec, source: ImageSource, criterion: nn.Module
+) -> list[Objective]:
+    """What the recipe adds to cross-entropy, besides Tf-FD."""
+    epochs, classes = recipe.optim.epochs, source.num_classes
+    objectives: list[Objective] = []
+    if recipe.teacher is not None:
+        teacher = make_teacher(recipe, recipe.teacher, stages, spec, source)
+        objectives.append(
+            TeacherDistillation(teacher, stages, recipe.teacher, recipe.kd, epochs=epochs, criterion=criterion)
+        )
+    elif recipe.kd is not None:
+        raise ValueError("logit distillation (kd) needs a teacher: start from a preset with one, such as kd")
+    if recipe.byot is not None:
+        objectives.append(BYOT(recipe.byot, stages, classes, criterion))
+    if recipe.cs_kd is not None:
+        objectives.append(CSKD(recipe.cs_kd))
+    if recipe.tf_kd is not None:
+        objectives.append(TfKD(recipe.tf_kd))
+    if recipe.ps_kd is not None:
+        objectives.append(PSKD(recipe.ps_kd, source.labels, classes, epochs))
+    if recipe.drop is not None:
+        objectives.append(StageDrop(recipe.drop, model, stages, epochs))
+    return objectives
+
+
+def make_teacher(
+    recipe: Recipe, config: TeacherConfig, stages: Stages, spec: ImageSpec, source: ImageSource
+) -> FrozenTeacher | OnlineTeacher | AuxiliaryBranches:
+    """The network that teaches.
+
+    Raises:
+        ValueError, OSError: it cannot be had, or does not know the student's classes.
+    """
+    pre_activation = recipe.tffd is not None and recipe.tffd.pre_activation
+    if config.paradigm == "offline":
+        network = load_teacher(config, source)
+    else:
+        network = fresh_teacher(recipe, config, source.num_classes)
+    if config.paradigm == "branches":
+        if pre_activation:
+            raise ValueError(
+                "branches read features after the activation and 'ab' compares those before it: choose one"
+            )
+        return AuxiliaryBranches(network, stages, spec.input_size)
+
+    needed = config.teaches_features or config.paradigm == "online"
+    its_stages = find_stages(network, recipe.tffd.stages if recipe.tffd else None) if needed else None
+    taps = stage_activations(network, its_stages, spec.input_size) if its_stages and pre_activation else ()
+    if config.paradigm == "offline":
+        return FrozenTeacher(network, its_stages, taps, image_stats=(spec.mean, spec.std))
+    assert its_stages is not None
+    return OnlineTeacher(network, its_stages, taps)
+
+
+def load_teacher(config: TeacherConfig, source: ImageSource) -> nn.Module:
+    """A trained teacher, by name or from a weights file."""
+    assert config.model is not None
+    with torch.random.fork_rng(devices=[]):
+        if config.weights is None:
+            check_model_name(config.model)
+            network = load_model(config.model)
+        else:
+            network = teacher_from_file(config.model, config.weights, source.num_classes)
+    check_labels(config.model, network, source)
+    return network
+
+
+def teacher_from_file(model: str, weights: Path, num_classes: int) -> nn.Module:
+    """`model` with the weights of a file, such as the weights/last.safetensors of a run."""
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"the teacher's weights {weights} are missing; train {model} first (the presets teacher-* do), or give "
+            "released weights by their tag: --teacher.model NAME.TAG --teacher.weights None"
+        )
+    try:
+        return create_model(model, num_classes=num_classes, checkpoint_path=str(weights))
+    except RuntimeError as error:  # how torch refuses weights
+        raise ValueError(f"{weights} does not fit {model}: {' '.join(str(error).split())}") from error
+
+
+def fresh_teacher(recipe: Recipe, config: TeacherConfig, num_classes: int) -> nn.Module:
+    """A teacher to be trained alongside, with weights that no student of this seed has."""
+    seed = recipe.run.seed + 1000 if config.seed is None else config.seed
+    if seed == recipe.run.seed:
+        raise ValueError(
+            f"teacher and student would both start from seed {seed}, and equal networks teach each other nothing; "
+            "choose another --teacher.seed"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create_model(config.model or recipe.model, num_classes=num_classes)
