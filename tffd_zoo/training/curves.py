@@ -10,7 +10,7 @@ from .run_folder import read_json, read_metrics
 
 
 def draw_curves(runs: Sequence[Path], picture: Path) -> None:
-    """Draw training loss, top-1 and the Tf-FD terms over the epochs as PNG.
+    """Draw training cross-entropy, top-1 and the Tf-FD terms over the epochs as PNG.
 
     Args:
         runs: run folders; each is one line in every panel.
@@ -22,7 +22,7 @@ def draw_curves(runs: Sequence[Path], picture: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = {
-        "training loss": ("train", "loss"),
+        "training cross-entropy": ("train", "ce"),
         "top-1 (%)": (None, "top1"),
         "intra-layer loss": ("train", "intra"),
         "inter-layer loss": ("train", "inter"),
