@@ -1,6 +1,7 @@
 """Model cards made from what a run recorded: its recipe, its metrics and those of its plain twin.
 
-Every figure and every claim in a card comes from those records; a card claims nothing that they do not show.
+Every figure and every claim in a card comes from those records; a card claims nothing that they do not show. The zoo's
+own card, MODEL_CARD.md, gets its figures from the manifest: `python -m tffd_zoo.cards` writes them anew.
 """
 
 from __future__ import annotations
@@ -8,9 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
+
+from .atomic import replacing_file
+from .cli import run_cli
+from .models import HubFile, Release, releases
 
 LICENSE = "apache-2.0"
 CITATION = """\
@@ -51,7 +57,7 @@ OTHER_METHODS = {
 
 @dataclass(frozen=True)
 class Twin:
-    """The same run without Tf-FD, to compare with."""
+    """A run to compare with: the same without Tf-FD."""
 
     name: str
     recipe: Mapping[str, Any]
@@ -102,6 +108,50 @@ def render_card(info: CardInfo) -> str:
         "## Licence and citation\n\n" + _licence(info),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def render_results(entries: Sequence[Release]) -> str:
+    """Return the figures of all releases, and how each stands to its plain twin."""
+    if not entries:
+        return "No weights have been released yet."
+    header = [
+        "weights",
+        "trained with",
+        "data",
+        "pixels",
+        "top-1 %",
+        "top-5 %",
+        "NLL",
+        "ECE %",
+        "epochs",
+        "hours",
+        "in",
+    ]
+    rows = [
+        [
+            f"`{entry.name}`",
+            _short_method(entry.recipe),
+            f"{entry.metrics.dataset}, {entry.metrics.split}",
+            str(entry.input.size[-1]),
+            f"{entry.metrics.top1:.2f}",
+            f"{entry.metrics.top5:.2f}",
+            f"{entry.metrics.nll:.4f}",
+            f"{entry.metrics.ece:.2f}",
+            f"{entry.training.epochs:g}",
+            f"{entry.training.hours:.2g}",
+            "the Hub" if isinstance(entry.file, HubFile) else "the package",
+        ]
+        for entry in entries
+    ]
+    by_name = {entry.name: entry for entry in entries}
+    lines = [f"trained on: {hardware}" for hardware in sorted({entry.training.hardware for entry in entries})]
+    for entry in entries:
+        twin = by_name.get(f"{entry.architecture}.ce_{entry.tag}")
+        if twin is not None:
+            lines.append(f"`{entry.name}`: {_comparison(_twin_of(entry), _twin_of(twin))}")
+        elif "_" not in entry.tag:
+            lines.append(f"`{entry.name}`: no plain twin was trained, so no gain by Tf-FD is claimed.")
+    return f"{markdown_table(header, rows)}\n\n{_bullets(lines)}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -179,6 +229,14 @@ def _method(recipe: Mapping[str, Any]) -> str:
     return f"with {' and '.join(parts)}" if parts else "with cross-entropy alone"
 
 
+def _short_method(recipe: Mapping[str, Any]) -> str:
+    """Name what taught the model beside the labels."""
+    names = ["Tf-FD"] if recipe.get("tffd") else []
+    names += ["KD" if recipe.get("kd") else "feature KD"] if recipe.get("teacher") else []
+    names += [section.replace("_", "-").upper() for section in OTHER_METHODS if recipe.get(section)]
+    return " + ".join(names) or "cross-entropy"
+
+
 def _loading(info: CardInfo) -> str:
     source = f"hf-hub:{info.repo}" if info.repo else "local-dir:FOLDER"
     plain_timm = info.config["architecture"] != info.architecture
@@ -199,24 +257,31 @@ def _loading(info: CardInfo) -> str:
 def _results(info: CardInfo) -> str:
     header = ["weights", "top-1 %", "top-5 %", "NLL", "ECE %", "epochs", "seed"]
     rows = [_result_row(info.name, info.recipe, info.metrics)]
-    if info.twin is None:
-        if not info.recipe.get("tffd"):
-            return markdown_table(header, rows)
-        return (
-            markdown_table(header, rows) + "\n\nThere is no plain twin of this run (same recipe without Tf-FD), "
-            "so no gain by Tf-FD is claimed."
-        )
-    rows.append(_result_row(info.twin.name, info.twin.recipe, info.twin.metrics))
-    difference = info.metrics["top1"] - info.twin.metrics["top1"]
-    changed = _unequal_settings(info.recipe, info.twin.recipe)
+    remark = ""
+    if info.twin is not None:
+        rows.append(_result_row(info.twin.name, info.twin.recipe, info.twin.metrics))
+        remark = "These weights are " + _comparison(Twin(info.name, info.recipe, info.metrics), info.twin)
+    elif info.recipe.get("tffd"):
+        remark = "There is no plain twin of this run (same recipe without Tf-FD), so no gain by Tf-FD is claimed."
+    return f"{markdown_table(header, rows)}\n\n{remark}".rstrip()
+
+
+def _comparison(run: Twin, twin: Twin) -> str:
+    """Say how a run stands to its twin, and what one pair of runs cannot tell."""
+    difference = run.metrics["top1"] - twin.metrics["top1"]
+    stands = f"{abs(difference):.2f} points of top-1 {'above' if difference >= 0 else 'below'}"
     verdict = (
-        f"These weights are {abs(difference):.2f} points of top-1 {'above' if difference >= 0 else 'below'} "
-        f"`{info.twin.name}`. That is one run against one run: how much the seed alone moves the figure was not "
+        f"{stands} `{twin.name}`. That is one run against one run: how much the seed alone moves the figure was not "
         "measured here, so the difference says nothing about significance."
     )
+    changed = _unequal_settings(run.recipe, twin.recipe)
     if changed:
         verdict += f" The two runs also differ in {', '.join(changed)}, so it is not the effect of one change."
-    return markdown_table(header, rows) + "\n\n" + verdict
+    return verdict
+
+
+def _twin_of(entry: Release) -> Twin:
+    return Twin(entry.name, entry.recipe, vars(entry.metrics))
 
 
 def _result_row(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
@@ -332,3 +397,41 @@ def _licence(info: CardInfo) -> str:
 
 def _bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
+
+
+# --- the zoo's own card -----------------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- results: written by python -m tffd_zoo.cards -->", "<!-- end of results -->"
+
+
+@dataclass(frozen=True)
+class CardsConfig:
+    """Write the figures of all releases into the zoo's own card, from the manifest."""
+
+    card: Path = Path("MODEL_CARD.md")
+    """The card; what stands between its two marks is replaced."""
+    check: bool = False
+    """Change nothing, and fail if the figures are not those of the manifest."""
+
+
+def main(config: CardsConfig) -> None:
+    """Bring the zoo's card up to date with the manifest.
+
+    Raises:
+        ValueError: the card lacks its marks, or `check` finds it out of date.
+    """
+    card = config.card.read_text()
+    head, begin, rest = card.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{config.card} has no place for the figures; put {BEGIN} and {END} around it")
+    fresh = f"{head}{BEGIN}\n\n{render_results(releases())}\n\n{END}{tail}"
+    if config.check and fresh != card:
+        raise ValueError(f"{config.card} is not up to date with the manifest; run python -m tffd_zoo.cards")
+    if fresh != card:
+        with replacing_file(config.card) as aside:
+            aside.write_text(fresh)
+
+
+if __name__ == "__main__":
+    run_cli(main, CardsConfig)

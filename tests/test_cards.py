@@ -1,0 +1,303 @@
+"""Cards: valid for the Hub, every figure from the records, and no claim that the records do not show."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import EvalResult as HubResult
+from huggingface_hub import ModelCard
+
+from tffd_zoo.cards import (
+    BEGIN,
+    CITATION,
+    END,
+    CardInfo,
+    CardsConfig,
+    Twin,
+    main,
+    markdown_table,
+    render_card,
+    render_results,
+)
+from tffd_zoo.evaluation import EvalResult
+from tffd_zoo.models import Input, Metrics, Release, Training, WheelFile
+from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, vary
+from tffd_zoo.tasks import CANONICAL, KDConfig, TeacherConfig
+
+MODEL_CARD = Path(__file__).parents[1] / "MODEL_CARD.md"
+TFFD = Recipe(
+    name="tffd",
+    tag="c100",
+    model="tffd_resnet20",
+    data=DataConfig(source="cifar100"),
+    optim=OptimConfig(epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4),
+    tffd=CANONICAL,
+)
+PLAIN = vary(TFFD, "plain", tag="ce_c100", tffd=None)
+EVALUATION = {"split": "test", "revision": "abc123", "held_out": 0}
+METRICS = {
+    **asdict(EvalResult(10_000, 6_912, 9_134, 69.12, 91.34, 1.2345, 5.67, 4.0, 2500.0)),
+    "params": 278_324,
+    "macs": 40_818_944,
+    "weights": "last",
+    "epoch": 240.0,
+    "trained_epochs": 240.0,
+    "evaluation": EVALUATION,
+}
+CONFIG = {
+    "architecture": "tffd_resnet20",
+    "pretrained_cfg": {
+        "input_size": [3, 32, 32],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    },
+}
+ENVIRONMENT = {"hardware": "abacus, 2 wires", "packages": {"torch": "2.14", "timm": "1.0.31"}, "processes": 2}
+
+
+def card_info(recipe: Recipe = TFFD, **changes: Any) -> CardInfo:
+    return CardInfo("tffd_resnet20", recipe.tag, CONFIG, recipe.to_dict(), METRICS, **changes)
+
+
+def twin(top1: float, **changes: Any) -> Twin:
+    recipe = vary(PLAIN, "plain", **changes)
+    return Twin("tffd_resnet20.ce_c100", recipe.to_dict(), METRICS | {"top1": top1})
+
+
+def section(card: str, title: str) -> str:
+    return card.split(f"## {title}\n\n")[1].split("\n\n## ")[0]
+
+
+# --- what the Hub reads -----------------------------------------------------------------------------------------------
+
+
+def test_the_hubs_client_reads_back_what_the_records_say() -> None:
+    data = ModelCard(render_card(card_info())).data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("timm", "image-classification", "apache-2.0")
+    assert data.datasets == ["uoft-cs/cifar100"]
+    assert data.metrics == ["accuracy"]
+    assert "tf-fd" in data.tags
+    assert data.model_name == "tffd_resnet20.c100"
+    common = {
+        "task_type": "image-classification",
+        "task_name": "Image classification",
+        "dataset_type": "uoft-cs/cifar100",
+        "dataset_name": "CIFAR-100",
+        "dataset_split": "test",
+        "dataset_revision": "abc123",
+        "metric_type": "accuracy",
+    }
+    assert data.eval_results == [
+        HubResult(**common, metric_name="top-1 accuracy (%)", metric_value=69.12),
+        HubResult(**common, metric_name="top-5 accuracy (%)", metric_value=91.34),
+    ]
+
+
+def test_a_data_set_that_is_not_on_the_hub_is_not_named_as_one() -> None:
+    recipe = vary(TFFD, "digits", tag="digits", data={"source": "digits"})
+    front = yaml.safe_load(render_card(card_info(recipe)).split("---")[1])
+    assert "datasets" not in front
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == "scikit-learn's handwritten digits"
+
+
+@pytest.mark.parametrize(("source", "datasets"), [("org/birds", ["org/birds"]), ("my birds", None)])
+def test_a_data_set_of_the_users_own_is_called_what_the_recipe_calls_it(source: str, datasets: Any) -> None:
+    card = render_card(card_info(vary(TFFD, "birds", tag="birds", data={"source": source})))
+    assert ModelCard(card).data.get("datasets") == datasets
+    assert f"trained on {source} with" in card
+
+
+def test_the_plain_twin_is_not_tagged_as_distilled() -> None:
+    assert "tf-fd" not in ModelCard(render_card(card_info(PLAIN))).data.tags
+
+
+# --- what people read -------------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_it_is_in_the_records_figures() -> None:
+    summary = render_card(card_info()).split("# tffd_resnet20.c100\n\n")[1].split("\n\n")[0]
+    assert "0.28 M parameters, 40.8 M multiply-adds at 32 x 32 pixels" in summary
+    assert "lambda_intra 0.04, lambda_inter 0.05" in summary
+    assert "Top-1 69.12 %: 6,912 of 10,000 images." in summary
+
+
+def test_our_own_architecture_needs_our_import_and_timms_own_does_not() -> None:
+    ours = section(render_card(card_info(repo="org/name@v1")), "Load it")
+    assert "import tffd_zoo" in ours
+    assert 'timm.create_model("hf-hub:org/name@v1", pretrained=True)' in ours
+    timms = CardInfo("tffd_resnet18", "c100", CONFIG | {"architecture": "resnet18"}, TFFD.to_dict(), METRICS)
+    assert "import tffd_zoo" not in section(render_card(timms), "Load it")
+
+
+def test_the_twin_stands_beside_it_and_one_pair_of_runs_claims_nothing() -> None:
+    results = section(render_card(card_info(twin=twin(68.62))), "Results")
+    assert "| `tffd_resnet20.ce_c100` |   68.62 |" in results
+    assert "0.50 points of top-1 above `tffd_resnet20.ce_c100`" in results
+    assert "says nothing about significance" in results
+
+
+def test_a_loss_is_reported_as_a_loss() -> None:
+    assert "0.88 points of top-1 below" in section(render_card(card_info(twin=twin(70.0))), "Results")
+
+
+def test_a_twin_of_another_recipe_is_called_that() -> None:
+    results = section(render_card(card_info(twin=twin(60.0, optim={"epochs": 15}, run={"seed": 1}))), "Results")
+    assert "The two runs also differ in epochs, seed, so it is not the effect of one change." in results
+    assert "differ" not in section(render_card(card_info(twin=twin(60.0))), "Results").replace("difference", "")
+
+
+def test_without_a_twin_no_gain_is_claimed() -> None:
+    results = section(render_card(card_info()), "Results")
+    assert "no gain by Tf-FD is claimed" in results
+    assert "above" not in results
+
+
+def test_the_curve_is_shown_only_where_there_is_one() -> None:
+    assert "](curves.png)" in section(render_card(card_info(has_curves=True)), "Curves")
+    assert "curves.png" not in render_card(card_info())
+
+
+def test_how_it_was_trained_is_told_from_recipe_and_environment() -> None:
+    training = section(render_card(card_info(environment=ENVIRONMENT)), "How it was trained")
+    assert "recipe `tffd`: 240 epochs, batch 64 on each of 2 processes" in training
+    assert "learning rate 0.05 (multistep, x0.1 at epochs 150, 180, 210), weight decay 0.0005" in training
+    assert "seed 0, one run; precision float32" in training
+    assert "hardware: abacus, 2 wires" in training
+    assert "versions: torch 2.14, timm 1.0.31" in training
+
+
+def test_a_run_that_was_cut_short_is_said_to_be() -> None:
+    info = replace(card_info(), metrics=METRICS | {"epoch": 0.32, "trained_epochs": 0.32})
+    assert "240 epochs (stopped after 0.32)" in section(render_card(info), "How it was trained")
+    assert "|   0.32 |" in section(render_card(info), "Results")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (PLAIN, "trained on CIFAR-100 with cross-entropy alone."),
+        (
+            vary(TFFD, "kd", teacher=TeacherConfig(model="tffd_resnet110.ce_c100", lambda_features=0), kd=KDConfig()),
+            "with logits of a second network (`tffd_resnet110.ce_c100`, offline) and teacher-free feature distillation",
+        ),
+        (vary(PLAIN, "branches", teacher=TeacherConfig(paradigm="branches")), "a second network (branches of its own"),
+    ],
+)
+def test_what_taught_it_is_said_in_words(recipe: Recipe, words: str) -> None:
+    assert words in render_card(card_info(recipe))
+
+
+def test_the_evaluation_can_be_repeated_from_the_card() -> None:
+    evaluation = section(render_card(card_info(repo="org/name")), "How it was evaluated")
+    assert "10,000 images, split `test` of CIFAR-100, each once" in evaluation
+    assert "`python -m tffd_zoo.eval hf-hub:org/name --data uoft-cs/cifar100 --split test`" in evaluation
+    assert "weights of the last epoch (240)" in evaluation
+
+
+def best(recipe: Recipe, **evaluation: Any) -> str:
+    metrics = METRICS | {"weights": "best_ema", "epoch": 200.0, "evaluation": EVALUATION | evaluation}
+    return render_card(replace(card_info(recipe), metrics=metrics))
+
+
+def test_a_best_epoch_chosen_on_its_own_test_is_said_to_flatter() -> None:
+    holdout = vary(TFFD, "holdout", data={"holdout": 5_000})
+    flatters = "chosen on the very images that the figures are from"
+    assert "moving average of the weights of the best epoch (200), chosen by top-1" in best(TFFD)
+    assert flatters in section(best(TFFD), "What was not shown")
+    assert flatters in best(holdout, split="train", held_out=5_000)
+    assert flatters not in best(holdout, split="test")
+    assert flatters not in render_card(card_info())
+
+
+def test_held_out_images_are_called_that_and_no_command_promises_to_repeat_them() -> None:
+    evaluation = section(
+        best(vary(TFFD, "h", data={"holdout": 5_000}), split="train", held_out=5_000), "How it was evaluated"
+    )
+    assert "images held out of split `train`" in evaluation
+    assert "Repeat it" not in evaluation
+
+
+@pytest.mark.parametrize("info", [card_info(), card_info(PLAIN), card_info(twin=twin(60.0))])
+def test_every_card_says_what_was_not_shown_and_whom_to_cite(info: CardInfo) -> None:
+    card = render_card(info)
+    assert "One run with one seed: no mean, no spread, no significance." in section(card, "What was not shown")
+    assert "10.1007/978-3-031-19809-0_20" in section(card, "Licence and citation")
+    for boast in ("state of the art", "state-of-the-art", "outperform", "significantly", "superior"):
+        assert boast not in card.lower()
+
+
+def test_a_table_is_aligned_for_the_terminal_and_valid_for_markdown() -> None:
+    assert markdown_table(["model", "top-1"], [["a", "7.50"], ["longer", "70.25"]]).splitlines() == [
+        "| model  | top-1 |",
+        "| ------ | ----: |",
+        "| a      |  7.50 |",
+        "| longer | 70.25 |",
+    ]
+
+
+# --- the zoo's own card -----------------------------------------------------------------------------------------------
+
+
+def release(tag: str, correct1: int, recipe: Recipe) -> Release:
+    return Release(
+        architecture="tffd_resnet20",
+        tag=tag,
+        file=WheelFile(Path("weights.safetensors")),
+        size=1,
+        sha256="0" * 64,
+        input=Input((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0),
+        label_set="cifar100",
+        label_names=("ant", "bee"),
+        license="apache-2.0",
+        recipe=recipe.to_dict(),
+        metrics=Metrics("uoft-cs/cifar100", "test", 10_000, correct1, 9_000, correct1 / 100, 90.0, 1.25, 4.5),
+        training=Training(15, 0.75, 0, "abacus, 2 wires"),
+    )
+
+
+def test_the_zoos_table_has_the_manifests_figures_and_the_difference_between_twins() -> None:
+    block = render_results([release("c100", 6_850, TFFD), release("ce_c100", 6_870, PLAIN)])
+    row = next(line for line in block.splitlines() if line.startswith("| `tffd_resnet20.c100`"))
+    cells = [cell.strip() for cell in row.strip("| ").split("|")]
+    assert cells[:4] == ["`tffd_resnet20.c100`", "Tf-FD", "uoft-cs/cifar100, test", "32"]
+    assert cells[4:] == ["68.50", "90.00", "1.2500", "4.50", "15", "0.75", "the package"]
+    assert "- `tffd_resnet20.c100`: 0.20 points of top-1 below `tffd_resnet20.ce_c100`. That is one run" in block
+    assert "- trained on: abacus, 2 wires" in block
+
+
+def test_a_release_without_a_twin_claims_no_gain() -> None:
+    assert "`tffd_resnet20.c100`: no plain twin was trained" in render_results([release("c100", 6_850, TFFD)])
+
+
+def test_the_command_replaces_the_figures_and_nothing_else(tmp_path: Path) -> None:
+    card = tmp_path / "CARD.md"
+    card.write_text(f"before\n{BEGIN}\nold figures\n{END}\nafter\n")
+    with pytest.raises(ValueError, match="not up to date with the manifest"):
+        main(CardsConfig(card, check=True))
+    assert "old figures" in card.read_text()
+    main(CardsConfig(card))
+    assert card.read_text().startswith(f"before\n{BEGIN}\n\n")
+    assert card.read_text().endswith(f"\n\n{END}\nafter\n")
+    assert "old figures" not in card.read_text()
+    main(CardsConfig(card, check=True))
+
+
+def test_a_card_without_a_place_for_the_figures_is_left_alone(tmp_path: Path) -> None:
+    card = tmp_path / "CARD.md"
+    card.write_text("nothing to see")
+    with pytest.raises(ValueError, match="has no place for the figures"):
+        main(CardsConfig(card))
+    assert card.read_text() == "nothing to see"
+
+
+def test_the_zoos_card_has_the_figures_of_the_manifest() -> None:
+    main(CardsConfig(MODEL_CARD, check=True))
+
+
+def test_the_zoos_card_cites_what_the_release_cards_cite() -> None:
+    assert CITATION in MODEL_CARD.read_text()
