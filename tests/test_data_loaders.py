@@ -237,6 +237,12 @@ class TestAugmentation:
         ):
             assert sum(torch.equal(images[index], other[index]) for index in range(9)) < 3
 
+    @pytest.mark.parametrize("augment", [AUGMENTS["pad_crop_flip"], RRC])
+    def test_copies_of_one_image_are_augmented_differently(self, augment: Augment) -> None:
+        copies = make_source(1).subset([0] * 6)
+        images = by_index(train_loader(copies, SPEC, 6, seed=0, augment=augment, workers=0))
+        assert len({image.numpy().tobytes() for image in images.values()}) == 6
+
     def test_random_resized_crops_are_timms(self) -> None:
         source = make_source(6, width=40, height=30)
         augment = Augment("resized", hflip=1.0, scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3))  # the whole image, flipped
@@ -279,7 +285,7 @@ class TestEvaluationPixels:
             ({"input_size": (3, 16, 16), "crop_pct": 1.0}, 16, 16),
             ({"input_size": (3, 16, 16), "crop_pct": 0.875, "interpolation": "bilinear"}, 40, 30),
             ({"input_size": (3, 16, 24), "crop_pct": 0.9, "crop_mode": "squash"}, 40, 30),
-            ({"input_size": (3, 16, 16), "crop_pct": 0.9, "crop_mode": "border"}, 40, 30),
+            ({"input_size": (3, 16, 16), "crop_pct": 0.9, "crop_mode": "border", "mean": (0.1, 0.9, 0.5)}, 40, 30),
         ],
     )
     def test_are_timms_to_the_bit(self, config: dict[str, Any], width: int, height: int, in_memory: bool) -> None:

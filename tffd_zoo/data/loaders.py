@@ -75,7 +75,7 @@ class Batch(NamedTuple):
     """(B,) int64: which images of the source these are."""
     weight: float
     """B * world_size / (images in the global batch). A rank's mean loss times this, averaged over the ranks, is the
-    mean loss over the global batch. 1 except in an uneven last batch."""
+    mean loss over the global batch. 1 except in an uneven last batch of training."""
 
 
 class _Request(NamedTuple):
