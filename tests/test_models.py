@@ -220,6 +220,13 @@ def test_convolutions_start_with_he_initialisation_and_residual_branches_are_not
     assert all((m.weight == 1).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+def test_classifiers_start_as_crds_do() -> None:
+    vgg_head = timm.create_model("tffd_vgg8").get_classifier()
+    assert vgg_head.weight.std().item() == pytest.approx(0.01, rel=0.03)
+    assert not vgg_head.bias.any()
+    assert not timm.create_model("tffd_wrn16_2").get_classifier().bias.any()
+
+
 @pytest.mark.parametrize("name", ["tffd_resnet18", "tffd_resnet34", "tffd_resnet50"])
 def test_imagenet_resnets_are_timms_own_with_interchangeable_state_dicts(name: str) -> None:
     ours, theirs = timm.create_model(name).eval(), timm.create_model(name.removeprefix("tffd_")).eval()
@@ -416,6 +423,8 @@ def test_layer_decay_grows_from_stem_to_head(model: nn.Module) -> None:
     assert in_order == sorted(in_order)
     assert in_order[-1] == 1.0
     assert len(set(in_order)) >= 5
+    closing_norm = [scales[key] for key in scales if key.startswith("norm.")]
+    assert set(closing_norm) <= {in_order[-len(closing_norm) - 3]}, "the closing norm belongs to the last block"
     grouped = model.group_matcher(coarse=True)
     assert set(grouped) == {"stem", "blocks"}
 

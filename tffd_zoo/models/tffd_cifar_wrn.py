@@ -54,7 +54,7 @@ class CifarWideResNet(CifarNet):
         dd = {"device": device, "dtype": dtype}
         norm_layer = get_norm_act_layer(norm_layer, act_layer=act_layer)
         channels = [width * widen_factor for width in (16, 32, 64)]
-        block = partial(_preact_block, norm_layer=norm_layer, **dd)
+        block = partial(PreActBasic, conv_layer=create_conv2d, norm_layer=norm_layer, proj_layer=DownsampleConv, **dd)
         stages, reductions = residual_stages(block, (depth - 4) // 6, 16, channels, output_stride, drop_path_rate)
         stem = create_conv2d(in_chans, 16, 3, **dd)
         norm = norm_layer(channels[-1], **dd)
@@ -66,18 +66,6 @@ class CifarWideResNet(CifarNet):
         super().init_weights()
         if isinstance(self.head.fc, nn.Linear):
             nn.init.zeros_(self.head.fc.bias)
-
-
-def _preact_block(in_channels: int, out_channels: int, stride: int, **kwargs: Any) -> PreActBasic:
-    projects = stride != 1 or in_channels != out_channels
-    return PreActBasic(
-        in_channels,
-        out_channels,
-        stride=stride,
-        conv_layer=create_conv2d,
-        proj_layer=DownsampleConv if projects else None,
-        **kwargs,
-    )
 
 
 ARCHITECTURES = {name: cifar_cfg(first_conv="stem") for name in ("tffd_wrn16_2", "tffd_wrn40_1", "tffd_wrn40_2")}
