@@ -146,12 +146,20 @@ def check_metrics(info: ExportInfo, data: str, tolerance: int) -> None:
     Raises:
         ValueError: the figures are others, by more than `tolerance` images.
     """
-    settings = info.metrics["evaluation"]
+    settings, columns = info.metrics["evaluation"], info.recipe["data"]
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "metrics.json"
-        columns = {name: settings.get(name) for name in ("image_column", "label_column")}
-        split = settings["split"]
-        evaluate(EvalConfig(models=(f"local-dir:{info.folder}",), data=data, split=split, json=record, **columns))
+        evaluate(
+            EvalConfig(
+                models=(f"local-dir:{info.folder}",),
+                data=data,
+                split=settings["split"],
+                precision=settings.get("precision", "no"),
+                image_column=columns["image_column"],  # None where it was found by its type, as it is then here
+                label_column=columns["label_column"],
+                json=record,
+            )
+        )
         (found,) = json.loads(record.read_text())
     for key, allowed in {"images": 0, "correct1": tolerance, "correct5": tolerance}.items():
         if abs(found[key] - info.metrics[key]) > allowed:
@@ -299,15 +307,17 @@ def _step(what: str, state: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reasons = []
-        cause: BaseException | None = error
-        while cause is not None:
-            text = cause.server_message if isinstance(cause, HfHubHTTPError) else None
-            lines = (text or str(cause) or type(cause).__name__).strip().splitlines()
-            status = f"{cause.response.status_code} " if isinstance(cause, HfHubHTTPError) else ""
-            reasons.append(status + lines[0])
-            cause = cause.__cause__
-        raise OSError(f"could not {what}: {': '.join(dict.fromkeys(reasons))}; {state}") from error
+        raise OSError(f"could not {what}: {_reason(error)}; {state}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error and of what caused it; of a refused request, what the server said, not its address."""
+    if isinstance(error, HfHubHTTPError):
+        said = error.server_message or type(error).__name__
+        return f"{error.response.status_code} {said.splitlines()[0].rstrip('.')}"
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    cause = _reason(error.__cause__) if error.__cause__ else line
+    return line if cause == line else f"{line}: {cause}"
 
 
 def _check_token() -> None:

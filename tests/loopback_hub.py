@@ -264,6 +264,7 @@ class LoopbackHub:
             **({"HF_TOKEN": token} if token else {}),
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache_dir),
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
             "PYTHONPATH": python_path,
             **more,
         }

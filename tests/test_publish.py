@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import pytest
 import torch
 from loopback_hub import REPOSITORY_ROOT, LoopbackHub
 from small_export import small_export
 
+from tffd_zoo.data import open_source
 from tffd_zoo.export import rewrite_card, write_sums
 from tffd_zoo.models import Release
 
@@ -161,6 +163,30 @@ def test_one_command_releases_what_loads_by_registered_name_hub_name_tag_and_com
     refused = hub.python(LOAD, tmp_path / "c", "tffd_resnet20.digits", **environment)
     assert refused.returncode == 1
     assert "is not the released file" in refused.stderr
+
+
+def test_a_published_model_is_evaluated_on_a_data_set_of_the_same_hub(
+    hub: LoopbackHub, publish: Publish, run: Path, repo: str, tmp_path: Path
+) -> None:
+    digits = open_source("digits", "test")
+    columns = {"image": [{"bytes": digits.image_bytes(i)} for i in range(len(digits))], "label": digits.labels.tolist()}
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(digits.label_names)))
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "test.parquet")
+    data = (tmp_path / "test.parquet").read_bytes()
+    hub.add("org/digits", {"data/test-00000-of-00001.parquet": data, "README.md": b"---\n{}\n---\n"}, "dataset")
+
+    published = publish(run, "--repo", repo, "--evaluate", "org/digits")
+    assert published.code == 0, published
+    program = "from tffd_zoo import eval as e\nrun_cli(e.main, e.EvalConfig, arguments)"
+    record = tmp_path / "record.json"
+    done = publish(f"hf-hub:{repo}@v1", "--data", "org/digits", "--json", record, program=program)
+    assert done.code == 0, done
+    (found,) = json.loads(record.read_text())
+    expected = published.entry["metrics"]
+    assert {name: found[name] for name in ("images", "correct1", "correct5")} == {
+        name: expected[name] for name in ("images", "correct1", "correct5")
+    }
+    assert found["evaluation"]["revision"] == hub.repo("org/digits", "dataset").head.sha
 
 
 def test_a_dry_run_shows_every_file_and_touches_no_network(
