@@ -1,0 +1,263 @@
+"""recipes/compare.py: what it runs, skips and resumes, what it survives, and how it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tyro
+from run_records import PLAIN, TFFD, write_run
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+import compare
+from compare import CompareConfig, Run, command_of, planned_runs, resolve, run_all
+from studies import STUDIES
+
+from tffd_zoo.recipe import vary
+from tffd_zoo.report import Row, Study
+from tffd_zoo.tasks import TeacherConfig
+
+STUDY = Study("trial", "does it help?", (Row(PLAIN, "cross-entropy"), Row(TFFD, "Tf-FD", twin="plain")), seeds=(0, 1))
+TEACHER = vary(PLAIN, "teacher", model="tffd_resnet56", run={"seed": 100})
+FROZEN = TeacherConfig("offline", "tffd_resnet56", TEACHER.folder / "weights" / "last.safetensors")
+TAUGHT = Study(
+    "taught",
+    "does a teacher help?",
+    (Row(TEACHER, "the teacher", seeds=(100,)), *STUDY.rows, Row(vary(PLAIN, "offline", teacher=FROZEN), "", "plain")),
+    seeds=(0, 1),
+)
+
+# Stands in for training: writes what a finished run leaves, and a line in a list of calls.
+TRAINER = """
+import json, pathlib, sys
+folder, calls, recipe, action = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+with open(calls, "a") as file:
+    file.write(folder.name + "\\n")
+print("training", folder.name)
+if action == "crash":
+    sys.exit("no space left on device")
+if action == "interrupt":
+    import os, signal, time
+    caught = []
+    signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+    os.kill(os.getppid(), signal.SIGINT)
+    while not caught:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    (folder.parent / "caught").write_text(str(len(caught)))
+    sys.exit(130)
+(folder / "export").mkdir(parents=True)
+(folder / "recipe.json").write_text(recipe)
+line = {"kind": "eval", "step": 4, "epoch": 2.0, "top1": 60.0}
+(folder / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
+(folder / "export" / "SHA256SUMS").write_text("")
+"""
+
+
+def trainer(calls: Path, **actions: str) -> Callable[[Run], list[str]]:
+    """Commands of the stand-in; `actions` by the name of a recipe."""
+
+    def command(run: Run) -> list[str]:
+        recipe = json.dumps(run.recipe.to_dict())
+        action = actions.get(run.recipe.name, "")
+        return [sys.executable, "-S", "-c", TRAINER, str(run.folder), str(calls), recipe, action]
+
+    return command
+
+
+def plan(tmp_path: Path, study: Study = STUDY, **flags: object) -> list[Run]:
+    return planned_runs(study, CompareConfig(study.name, **{"output": tmp_path / "runs", **flags}))  # type: ignore[arg-type]
+
+
+def called(calls: Path) -> list[str]:
+    return [name.replace("-tffd_resnet20", "") for name in calls.read_text().split()] if calls.exists() else []
+
+
+# --- what is run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_runs_one_seed_of_every_recipe_before_the_next_and_then_nothing_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = tmp_path / "calls"
+    run_all(STUDY, plan(tmp_path), trainer(calls))
+    assert called(calls) == ["plain-s0", "tffd-s0", "plain-s1", "tffd-s1"]
+    assert capsys.readouterr().out.splitlines()[-1] == "trial: 4 runs, 4 done now, 0 before, 0 failed"
+    assert (tmp_path / "runs" / "tffd-tffd_resnet20-s1.log").read_text() == "training tffd-tffd_resnet20-s1\n"
+
+    run_all(STUDY, plan(tmp_path), trainer(calls))
+    assert len(called(calls)) == 4
+    assert capsys.readouterr().out == "trial: 4 runs, 0 done now, 4 before, 0 failed\n"
+
+
+def test_a_run_that_is_not_done_is_started_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls, runs = tmp_path / "calls", plan(tmp_path, seeds=(0,))
+    run_all(STUDY, runs, trainer(calls))
+    (runs[0].folder / "export" / "SHA256SUMS").unlink()  # killed before the export
+    (runs[0].folder / "export").rmdir()
+    metrics = runs[1].folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("2.0", "1.5"))  # stopped by --max-steps, which exports too
+    assert [run.state() for run in runs] == ["unfinished", "unfinished"]
+
+    with pytest.raises(SystemExit):  # the stand-in cannot resume: it finds its folder
+        run_all(STUDY, runs, trainer(calls))
+    assert called(calls)[2:] == ["plain-s0", "tffd-s0"]
+    assert "plain seed 0: resuming" in capsys.readouterr().out
+
+
+def test_a_failing_run_is_named_and_keeps_no_other_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = tmp_path / "calls"
+    with pytest.raises(SystemExit) as left:
+        run_all(STUDY, plan(tmp_path), trainer(calls, plain="crash"))
+    assert left.value.code == 1
+    assert called(calls) == ["plain-s0", "tffd-s0", "plain-s1", "tffd-s1"]
+    out = capsys.readouterr().out
+    assert "[1/4] plain seed 0: failed with exit code 1: no space left on device" in out
+    assert out.splitlines()[-1] == ("trial: 4 runs, 2 done now, 0 before, 2 failed: plain seed 0, plain seed 1")
+
+
+def test_a_folder_with_another_recipe_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = tmp_path / "calls"
+    run_all(STUDY, plan(tmp_path, seeds=(0,)), trainer(calls))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    with pytest.raises(SystemExit) as left:
+        run_all(STUDY, plan(tmp_path, seeds=(0,), epochs=7), trainer(calls))
+    assert left.value.code == 1
+    assert "(optim.epochs: 2 there, 7 here); pass --output" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")} == before
+
+
+def test_an_interrupt_reaches_the_run_once_and_ends_the_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls, handler = tmp_path / "calls", signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as left:
+        run_all(STUDY, plan(tmp_path), trainer(calls, plain="interrupt"))
+    assert left.value.code == 128 + signal.SIGINT
+    assert called(calls) == ["plain-s0"]
+    assert (tmp_path / "runs" / "caught").read_text() == "1"
+    assert "stopped in plain seed 0; the same command goes on from there" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_shards_share_the_runs_and_each_trains_the_teachers_that_it_needs_first(tmp_path: Path) -> None:
+    shards = [[str(run) for run in plan(tmp_path, TAUGHT, shard=f"{i}/2")] for i in (1, 2)]
+    assert shards == [
+        ["teacher seed 100", "tffd seed 0", "plain seed 1", "offline seed 1"],
+        ["plain seed 0", "teacher seed 100", "offline seed 0", "tffd seed 1"],
+    ]
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "-1/2"])
+def test_a_shard_that_cannot_be_is_refused(tmp_path: Path, shard: str) -> None:
+    with pytest.raises(ValueError, match=r"give i/n with 1 <= i <= n"):
+        plan(tmp_path, shard=shard)
+
+
+def test_overrides_reach_every_run_and_its_teacher(tmp_path: Path) -> None:
+    runs = plan(tmp_path, TAUGHT, epochs=3, holdout=50, data="digits", seeds=(7,))
+    assert [str(run) for run in runs] == ["teacher seed 100", "plain seed 7", "tffd seed 7", "offline seed 7"]
+    for run in runs:
+        data, optim = run.recipe.data, run.recipe.optim
+        assert (optim.epochs, data.holdout, data.source) == (3, 50, "digits")
+    assert runs[3].recipe.teacher is not None
+    assert runs[3].recipe.teacher.weights == runs[0].folder / "weights" / "last.safetensors"
+    assert runs[0].folder.parent == tmp_path / "runs"
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_the_command_of_a_run_makes_that_very_run(study: Study) -> None:
+    config = CompareConfig(study.name, output=Path("elsewhere"), data="digits", epochs=5, holdout=100)
+    for run in planned_runs(study, config):
+        python, script, *flags = command_of(run, config)
+        assert (python, Path(script).name) == (sys.executable, "compare.py")
+        parsed = tyro.cli(CompareConfig, args=flags)
+        assert parsed.run is not None
+        assert parsed.seeds is not None
+        assert resolve(study.row(parsed.run), *parsed.seeds, study, parsed) == run.recipe
+
+
+def test_a_launcher_goes_before_the_script(tmp_path: Path) -> None:
+    run = plan(tmp_path)[0]
+    command = command_of(run, CompareConfig("trial", launcher="accelerate launch --num_processes 2"))
+    assert command[:4] == ["accelerate", "launch", "--num_processes", "2"]
+    assert Path(command[4]).name == "compare.py"
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_every_recipe_of_a_study_sees_the_images_of_its_twin_and_has_a_name_in_its_tables(study: Study) -> None:
+    for row in study.rows:
+        assert row.what
+        if row.twin:
+            twin = study.row(row.twin).recipe
+            assert row.recipe.model == twin.model
+            assert row.recipe.optim.epochs == twin.optim.epochs
+            assert row.recipe.data == twin.data
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_the_list_shows_how_far_every_run_is_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_all(STUDY, plan(tmp_path, seeds=(0,))[:1], trainer(tmp_path / "calls"))
+    capsys.readouterr()
+    before = sorted((tmp_path / "runs").rglob("*"))
+    compare.main(CompareConfig("trial", list=True, output=tmp_path / "runs"), {"trial": STUDY})
+    rows = [[cell.strip() for cell in line.split("|")[1:6]] for line in capsys.readouterr().out.splitlines()]
+    assert ["plain", "0", "done", "2 of 2", "60.00"] in rows
+    assert ["tffd", "1", "missing", "0 of 2", "-"] in rows
+    assert sorted((tmp_path / "runs").rglob("*")) == before
+
+
+def test_a_report_is_rebuilt_from_collected_records_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    for recipe, top1 in ((PLAIN, 60.0), (TFFD, 61.0)):
+        done = write_run(tmp_path / "made", recipe, 0, top1)
+        (done / "export").mkdir()
+        (done / "export" / "SHA256SUMS").write_text("")
+        runs.mkdir(exist_ok=True)
+        done.rename(runs / vary(recipe, recipe.name, run={"seed": 0}).folder.name)
+    config = CompareConfig("trial", report=True, output=runs)
+    compare.main(config, {"trial": STUDY})
+    page = runs / "results" / "README.md"
+    first = page.read_bytes()
+    assert "`tffd` (+1.00)" in page.read_text()
+    assert "collected plain seed 0" in capsys.readouterr().out
+
+    page.unlink()
+    elsewhere = CompareConfig("trial", report=True, output=tmp_path / "nothing", results=runs / "results")
+    compare.main(elsewhere, {"trial": STUDY})
+    assert page.read_bytes() == first
+
+
+def test_a_study_or_recipe_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(ValueError, match="there is no study 'pilots'; choose one of pilot"):
+        compare.main(CompareConfig("pilots"))
+    with pytest.raises(ValueError, match="no recipe 'tfd'; choose one of plain, tffd"):
+        compare.main(CompareConfig("trial", run="tfd", seeds=(0,)), {"trial": STUDY})
+    with pytest.raises(ValueError, match="one run: give it one seed, such as --seeds 0"):
+        compare.main(CompareConfig("trial", run="tffd"), {"trial": STUDY})
+
+
+def test_a_study_trains_and_reports_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(compare.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
+    flags = {"output": tmp_path, "epochs": 1, "seeds": (0,), "holdout": 1380}  # 57 images are left to train on
+    compare.main(CompareConfig("digits", **flags))
+    assert "2 runs, 2 done now, 0 before, 0 failed" in capsys.readouterr().out
+    compare.main(CompareConfig("digits", report=True, **flags))
+    page = (tmp_path / "results" / "README.md").read_text()
+    assert "1,380 images held out of split `train` of digits" in page
+    assert "`digits-share`" in page
