@@ -1,0 +1,279 @@
+"""The training loop: exact resume, signals, processes, bad input, and what a run leaves on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, differences, recipe_from_cli, vary
+from tffd_zoo.tasks import CANONICAL
+from tffd_zoo.training import NonFiniteLoss, RunFolder, read_metrics, train
+
+ROOT = Path(__file__).parents[1]
+
+# Handwritten digits at 8 px: an epoch of 12 steps takes a second or two.
+BASE = Recipe(
+    name="test",
+    tag="digits",
+    model="tffd_resnet20",
+    data=DataConfig(source="digits", image_size=8),
+    optim=OptimConfig(epochs=2, batch_size=128, lr=0.05, weight_decay=5e-4),
+    tffd=CANONICAL,
+    run=RunConfig(log_every=1, checkpoint_every=5),
+)
+
+
+def recipe(output: Path, **changes: Any) -> Recipe:
+    run = {"output": output, **changes.pop("run", {})}
+    return vary(BASE, "test", run=run, **changes)
+
+
+def last_weights(run: Path, kind: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / "weights" / f"{kind}.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path, kind: str = "last") -> None:
+    mine, theirs = last_weights(one, kind), last_weights(other, kind)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timed = ("images_per_second", "seconds")
+    return [{k: v for k, v in record.items() if not k.endswith(timed)} for record in records]
+
+
+# --- stop and resume --------------------------------------------------------------------------------------------------
+
+# Everything that has state: EMA, averaged salience re-paired now and then, a target share, mixup's random numbers.
+STATEFUL: dict[str, Any] = {
+    "optim": {"ema_decay": 0.9, "mixup": 0.2},
+    "data": {"drop_last": True},
+    "tffd": replace(CANONICAL, salience_momentum=0.9, repair_every=3, share_intra=0.05, measure_every=4),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(recipe(folder, **STATEFUL))
+    return folder
+
+
+def assert_same_run(run: Path, uninterrupted: Path) -> None:
+    for kind in ("last", "best", "last_ema", "best_ema"):
+        assert_same_weights(run, uninterrupted, kind)
+    records = [without_times(read_metrics(folder / "metrics.jsonl")) for folder in (run, uninterrupted)]
+    assert records[0] == records[1]
+
+
+def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_bits_of_one_that_never_was(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys, pickle, pathlib; from tffd_zoo.training import train; "
+        "train(pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()))"
+    )
+    import pickle
+
+    run = tmp_path / "run"
+    (tmp_path / "recipe.pkl").write_bytes(pickle.dumps(recipe(run, **STATEFUL)))
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.pkl")], cwd=ROOT)
+    deadline = time.monotonic() + 240
+    while len(read_metrics(run / "metrics.jsonl")) < 8 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_at = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    assert 8 <= killed_at < 22, "killed too late to show anything"
+    assert not (run / "weights" / "last_ema.safetensors").exists() or killed_at > 11
+
+    train(recipe(run, **STATEFUL))
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_writes_a_checkpoint_and_leaves_and_the_same_call_goes_on(
+    number: int, code: int, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    append = RunFolder.append
+
+    def append_and_signal(self: RunFolder, record: dict[str, Any]) -> None:
+        append(self, record)
+        if record["step"] == 7:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append", append_and_signal)
+        with pytest.raises(SystemExit) as stopped:
+            train(recipe(tmp_path, **STATEFUL))
+    assert stopped.value.code == code
+    assert "stopped at step 7 with a checkpoint; the same command resumes" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "step-00000007").is_dir()
+    train(recipe(tmp_path, **STATEFUL))
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_full_disk_at_a_checkpoint_loses_nothing(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    save_state = Accelerator.save_state
+
+    def fill_the_disk(self: Accelerator, folder: str, **kwargs: Any) -> None:
+        save_state(self, folder, **kwargs)
+        if "step-00000010" in folder:
+            (Path(folder) / "optimizer.bin").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", fill_the_disk)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(recipe(tmp_path, **STATEFUL))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+    train(recipe(tmp_path, **STATEFUL))
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_finished_run_is_not_trained_again(uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    train(recipe(uninterrupted, **STATEFUL))
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_old_checkpoints_make_way(uninterrupted: Path) -> None:
+    assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == ["step-00000020", "step-00000022"]
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path) -> None:
+    train(recipe(tmp_path, run={"max_steps": 6}))
+    newest = tmp_path / "checkpoints" / "step-00000006"
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"step-00000006 cannot be read .*; delete that folder to resume"):
+        train(recipe(tmp_path))
+
+
+def test_a_run_of_another_recipe_is_not_resumed(tmp_path: Path) -> None:
+    train(recipe(tmp_path, run={"max_steps": 1}))
+    with pytest.raises(ValueError, match=r"another recipe \(optim\.lr: 0\.05 there, 0\.1 here\); pass --output"):
+        train(recipe(tmp_path, optim={"lr": 0.1}))
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_batches_give_the_step_of_the_larger_batch(tmp_path: Path) -> None:
+    # A network without batch statistics; the last group of an epoch is smaller and must count by its images.
+    common: dict[str, Any] = {"model": "convnext_atto", "data": {"image_size": 32}}
+    for name, batch, accumulate in (("whole", 512, 1), ("parts", 256, 2)):
+        optim = {"batch_size": batch, "accumulate": accumulate, "epochs": 1, "lr": 0.01}
+        train(recipe(tmp_path / name, optim=optim, tffd=None, run={"max_steps": 3}, **common))
+    whole, parts = last_weights(tmp_path / "whole"), last_weights(tmp_path / "parts")
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_take_the_steps_of_one_with_tffd_on(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "from test_training import two_process_recipe; from tffd_zoo.training import train\n"
+        "train(two_process_recipe(Path(sys.argv[1]), int(sys.argv[2])))\n"
+    )
+    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, str(script), str(tmp_path / "two"), "2"], env=env, check=True, timeout=300)
+    train(two_process_recipe(tmp_path / "one", 1))
+    one, two = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-6)
+    losses = [
+        [r["loss"] for r in read_metrics(tmp_path / n / "metrics.jsonl") if r["kind"] == "train"]
+        for n in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    counts = [read_metrics(tmp_path / n / "metrics.jsonl")[-1] for n in ("one", "two")]
+    assert counts[0]["images"] == counts[1]["images"] == 360
+    environment = (tmp_path / "two" / "environment.json").read_text()
+    assert '"processes": 2' in environment
+
+
+def two_process_recipe(output: Path, processes: int) -> Recipe:
+    """The same global batch on any number of processes, on a network without batch statistics."""
+    return recipe(
+        output,
+        model="convnext_atto",
+        data={"image_size": 32},
+        optim={"batch_size": 480 // processes, "epochs": 1, "lr": 0.01},  # 1,437 images: the last batch is uneven
+        tffd=replace(CANONICAL, warmup=0.0, share_intra=0.05, measure_every=2),
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_path: Path) -> None:
+    with pytest.raises(
+        NonFiniteLoss, match=r"loss .*'ce'.* was not finite at step \d+; the checkpoints are from before"
+    ):
+        train(recipe(tmp_path, optim={"lr": 1e12}, run={"log_every": 4, "checkpoint_every": 3}))
+    assert not list((tmp_path / "checkpoints").glob("step-*")) or all(
+        torch.isfinite(tensor).all()
+        for path in (tmp_path / "checkpoints").glob("step-*/model.safetensors")
+        for tensor in load_file(path).values()
+    )
+
+
+def test_the_export_of_a_run_loads_with_timm_and_gives_its_recorded_figures(uninterrupted: Path) -> None:
+    model = timm.create_model(f"local-dir:{uninterrupted / 'export'}", pretrained=True)
+    weights = last_weights(uninterrupted)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert model.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
+    for name in ("recipe.json", "environment.json", "data.json", "curves.png"):
+        assert (uninterrupted / name).stat().st_size > 0
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_starts_from_a_named_preset() -> None:
+    presets = {"one": BASE, "two": vary(BASE, "two", optim={"lr": 1.0}, tffd=None)}
+    assert recipe_from_cli(presets, "", []) == BASE
+    chosen = recipe_from_cli(presets, "", ["two", "--data", "folder", "--epochs", "7"])
+    assert (chosen.optim.lr, chosen.data.source, chosen.optim.epochs) == (1.0, "folder", 7)
+    changed = recipe_from_cli(presets, "", ["--tffd.lambda-intra", "0.5"])
+    assert changed.tffd is not None
+    assert changed.tffd.lambda_intra == 0.5
+    with pytest.raises(ValueError, match="unknown preset 'three'; choose one of one, two"):
+        recipe_from_cli(presets, "", ["three"])
+
+
+def test_only_settings_that_change_the_result_make_another_run() -> None:
+    mine = BASE.to_dict()
+    assert differences(vary(BASE, "test", run={"log_every": 9}, data={"workers": 0}).to_dict(), mine) == []
+    assert differences(vary(BASE, "test", run={"seed": 9}).to_dict(), mine) == ["run.seed: 0 there, 9 here"]
+
+
+def test_mixup_asks_for_even_batches(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use an even --batch-size and --drop-last"):
+        train(recipe(tmp_path, optim={"mixup": 0.2}))
+
+
+def test_a_metrics_line_that_a_killed_process_left_unfinished_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
+    assert read_metrics(path) == [{"kind": "train", "step": 1}]
