@@ -46,7 +46,7 @@ class EvalResult:
     ece: float
     """Expected calibration error in 15 equal-width bins of confidence, percent."""
     seconds: float
-    """Wall-clock time until the last process was done, data loading included."""
+    """Wall-clock time until the last process was done, loading included (not the decoding of images kept in memory)."""
     images_per_second: float
     """images / seconds."""
 

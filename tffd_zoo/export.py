@@ -47,6 +47,7 @@ METRIC_KEYS = {field.name for field in dataclasses.fields(EvalResult)} | {"param
 
 NOT_TIMMS_WEIGHTS = dict.fromkeys(("origin_url", "paper_name", "paper_ids", "description", "notes"))
 """What an architecture's config says of the weights that timm has for it, and not of ours."""
+MEND = "make it with timm.create_model, and give what was changed afterwards as arguments there"
 
 
 RunWeights = Literal["last", "best", "last_ema", "best_ema"]
@@ -207,7 +208,7 @@ def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str
     try:
         model.load_state_dict(load_file(file))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{file} does not hold the weights of {recipe['model']}: {error}") from error
+        raise ValueError(f"{file} does not hold the weights of {recipe['model']}: {_one_line(error)}") from error
     params, macs = model_cost(model, data["spec"]["input_size"])
     metrics = {
         **{field.name: record[prefix + field.name] for field in dataclasses.fields(EvalResult)},
@@ -346,7 +347,7 @@ def without_local_paths(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_local_paths(item) for item in value]
     if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
-        return Path(value).name
+        return Path(value).absolute().name
     return value
 
 
@@ -368,13 +369,18 @@ def _check_replaceable(folder: Path) -> None:
 
 def _check_reload(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Load `folder` through timm and compare it with what went in, bit by bit."""
-    with torch.random.fork_rng(devices=[]):  # a run may export on its way; building a model draws random numbers
-        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
-    if loaded.keys() != tensors.keys() or not all(torch.equal(loaded[name], tensors[name].cpu()) for name in tensors):
-        raise ValueError(
-            "timm does not rebuild this model from its config; make it with timm.create_model, and give what was "
-            "changed afterwards as arguments there"
-        )
+    try:
+        with torch.random.fork_rng(devices=[]):  # a run may export on its way; building a model draws random numbers
+            loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+        same = all(torch.equal(loaded[name], tensor.cpu()) for name, tensor in tensors.items())
+    except (RuntimeError, KeyError) as error:  # another architecture, or other arguments: shapes and names do not fit
+        raise ValueError(f"timm does not rebuild this model from its config ({_one_line(error)}); {MEND}") from error
+    if not same:
+        raise ValueError(f"timm rebuilds this model with other weights; {MEND}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 @dataclass(frozen=True)
