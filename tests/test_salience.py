@@ -211,6 +211,10 @@ EVEN_SHARES = (4, 4)
 REDUCTIONS = {"lp": 1, "spread": 1, "entropy": 2, "bn_scale": 0, "hrank": 1}
 
 
+def whole_batch(samples: int) -> list[torch.Tensor]:
+    return [feature + 0.5 for feature in relu_features(samples)]  # no zeros, which an empty share must not add
+
+
 def score_own_share(rank: int, folder: str) -> None:
     """One of two processes: scores its share of each batch and saves the scores and the number of all-reduces."""
     torch.set_num_threads(1)
@@ -228,10 +232,10 @@ def score_own_share(rank: int, folder: str) -> None:
     results = {}
     for metric in REDUCTIONS:
         reductions = 0
-        share = [feature.split(UNEVEN_SHARES)[rank] for feature in relu_features(sum(UNEVEN_SHARES))]
+        share = [feature.split(UNEVEN_SHARES)[rank] for feature in whole_batch(sum(UNEVEN_SHARES))]
         scores = stage_salience(share, metric, norms=norms)
         results[metric] = (scores, reductions)
-        share = [feature.split(EVEN_SHARES)[rank] for feature in relu_features(sum(EVEN_SHARES))]
+        share = [feature.split(EVEN_SHARES)[rank] for feature in whole_batch(sum(EVEN_SHARES))]
         for images in (3, 6):  # of the whole batch: a part of the first share; all of it and a part of the second
             results[metric, images] = stage_salience(share, metric, norms=norms, images=images)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -250,7 +254,7 @@ def results_of_two_processes(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("metric", REDUCTIONS)
 def test_two_processes_score_an_unevenly_split_batch_as_one_process_scores_the_whole(results_of_two_processes, metric):
     norms = [nn.BatchNorm2d(shape[0]) for shape in SHAPES]
-    expected = stage_salience(relu_features(sum(UNEVEN_SHARES)), metric, norms=norms)
+    expected = stage_salience(whole_batch(sum(UNEVEN_SHARES)), metric, norms=norms)
     (first, reductions), (second, _) = (results[metric] for results in results_of_two_processes)
     for mine, yours, whole in zip(first, second, expected, strict=True):
         assert torch.equal(mine, yours)
@@ -262,7 +266,7 @@ def test_two_processes_score_an_unevenly_split_batch_as_one_process_scores_the_w
 @pytest.mark.parametrize("images", [3, 6])
 def test_images_counts_through_the_shares_of_all_processes(results_of_two_processes, metric, images):
     norms = [nn.BatchNorm2d(shape[0]) for shape in SHAPES]
-    expected = stage_salience(relu_features(sum(EVEN_SHARES)), metric, norms=norms, images=images)
+    expected = stage_salience(whole_batch(sum(EVEN_SHARES)), metric, norms=norms, images=images)
     for results in results_of_two_processes:
         for score, whole in zip(results[metric, images], expected, strict=True):
             torch.testing.assert_close(score, whole)

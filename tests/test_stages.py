@@ -151,6 +151,27 @@ def test_the_norm_of_a_stage_makes_its_feature_or_is_the_first_to_read_it(name):
     assert names_of(model, norms) == NORMS[name]
 
 
+def test_a_gate_is_told_from_the_feature_also_where_the_map_is_a_single_place():
+    model = create("regnety_002")
+    norms = stage_norms(model, find_stages(model), (3, 32, 32))  # the last map is 1 x 1, as its gate is
+    assert names_of(model, norms) == NORMS["regnet"]
+
+
+class AddsContext(BasicBlock):
+    """Adds a (N, C, 1, 1) context, made by more operations than the feature itself and ending in a BatchNorm too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        return x + self.bn1(self.conv1(x.mean((2, 3), keepdim=True)))
+
+
+def test_a_norm_that_makes_only_a_context_added_to_the_feature_does_not_make_the_feature():
+    model = create("tffd_resnet20")
+    model.stages[1][-1] = AddsContext(32, 32)
+    norms = stage_norms(model, find_stages(model), (3, 32, 32))
+    assert names_of(model, norms)[1] == "stages.1.2.bn2"
+
+
 @pytest.mark.parametrize(
     ("name", "norms"),
     [
@@ -199,6 +220,14 @@ def test_a_stage_without_a_batch_norm_of_its_own_is_refused_by_name_with_its_nor
 def test_a_batch_norm_without_a_scale_does_not_serve():
     model = create("tffd_resnet20")
     model.stages[1][-1].bn2 = nn.BatchNorm2d(32, affine=False)
+    with pytest.raises(ValueError, match=r"32 channels of stage stages\.1"):
+        stage_norms(model, find_stages(model), (3, 32, 32))
+
+
+def test_a_batch_norm_over_other_channels_than_the_feature_s_does_not_serve():
+    model = create("tffd_resnet20")
+    fold = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(32, 8, 1), nn.BatchNorm2d(8), nn.PixelUnshuffle(2))
+    model.stages[1].append(fold)  # 8 normalised channels are reshaped into the feature's 32
     with pytest.raises(ValueError, match=r"32 channels of stage stages\.1"):
         stage_norms(model, find_stages(model), (3, 32, 32))
 
@@ -303,17 +332,17 @@ def test_the_dry_run_leaves_no_trace(family, training):
         assert torch.equal(value, before[name]) if isinstance(value, torch.Tensor) else value == before[name], name
 
 
-def test_a_levit_that_trains_on_after_the_dry_run_evaluates_with_its_new_attention_biases():
-    model = create("levit_128s", img_size=SIZE).train()
+@pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0"])
+def test_a_model_that_caches_in_eval_mode_forgets_what_the_dry_run_made_it_cache(name):
+    model, other = create(name, img_size=SIZE).eval(), create(name, img_size=SIZE).eval()
     stage_norms(model, find_stages(model), (3, SIZE, SIZE))
-    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "attention_biases" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        fresh = create("levit_128s", img_size=SIZE)
-        fresh.load_state_dict(model.state_dict())
-        assert torch.equal(model.eval()(images), fresh.eval()(images))
+        for parameter_name, parameter in other.named_parameters():
+            if "attention_biases" in parameter_name:
+                nn.init.normal_(parameter)
+        model.load_state_dict(other.state_dict())
+        images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(model(images), other(images))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def _default_stages(model: Any, info: Sequence[dict[str, Any]]) -> list[int]:
         end = max(order[name] for name in inside)
         adds = any(done < order[name] <= end for name in weights)
         owns = any(name in inside for name in weights)  # entries may share a module, as in CoaT
-        if adds or (stages and owns):
+        if adds or owns:
             stages.append(index)
         done = end
     return stages
