@@ -89,7 +89,7 @@ def test_byot_is_the_sum_over_shallow_branches_of_the_papers_three_losses() -> N
         branch_logits = byot.classifiers[stage](branch.mean((2, 3)))
         ce += ce_oracle(branch_logits, targets)
         kd += 9 * kl_oracle(softmax(logits, 3.0), softmax(branch_logits, 3.0))
-        hint += float(((branch.detach().double().numpy() - deepest) ** 2).sum())
+        hint += 128 * float(((branch.detach().double().numpy() - deepest) ** 2).sum(axis=(1, 2, 3)).mean())
     terms = {name: result[name].item() for name in ("byot_ce", "byot_kd", "byot_hint")}
     assert terms == pytest.approx({"byot_ce": ce, "byot_kd": kd, "byot_hint": hint}, rel=1e-4)
     total = ce_oracle(logits, targets) + 0.7 * ce + 0.3 * kd + 1e-5 * hint
@@ -291,7 +291,7 @@ class _OneProcess:
 
 def test_a_recipe_with_cs_kd_loads_pairs_of_a_class() -> None:
     recipe = vary(RECIPE, "test", cs_kd=CSKDConfig(), optim={"batch_size": 64})
-    sources = build.open_sources(recipe.data, 0)
+    sources = build.open_sources(recipe.data)
     spec = build.image_spec(recipe, network())
     batches = build.make_loaders(recipe, spec, *sources, torch.contiguous_format, _OneProcess()).train  # type: ignore
     batch = next(iter(batches))
@@ -302,7 +302,7 @@ def test_a_recipe_with_cs_kd_loads_pairs_of_a_class() -> None:
 
 @pytest.mark.parametrize("section", [{"cs_kd": CSKDConfig()}, {"tf_kd": TfKDConfig()}, {"ps_kd": PSKDConfig()}])
 def test_a_recipe_refuses_to_blend_images_whose_class_is_needed(section: dict[str, Any]) -> None:
-    source, _ = build.open_sources(RECIPE.data, 0)
+    source, _ = build.open_sources(RECIPE.data)
     recipe = vary(RECIPE, "test", optim={"cutmix": 1.0}, **section)
     with pytest.raises(ValueError, match="CS-KD, Tf-KD and PS-KD ask for one"):
         build.make_mixup(replace(recipe), source, 1)

@@ -184,7 +184,7 @@ def test_label_smoothing_moves_a_tenth_of_the_target_to_all_classes() -> None:
 
 def test_cutmix_gives_targets_that_add_up_smoothed_once() -> None:
     recipe = vary(RECIPE, "test", optim={"cutmix": 1.0, "label_smoothing": 0.1})
-    source, _ = build.open_sources(recipe.data, 0)
+    source, _ = build.open_sources(recipe.data)
     mixup = build.make_mixup(recipe, source, 1)
     assert mixup is not None
     _, targets = mixup(*a_batch(8))

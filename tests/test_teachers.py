@@ -390,7 +390,7 @@ RECIPE = Recipe(
 
 
 def task_of(recipe: Recipe) -> DistillationTask:
-    source, _ = build.open_sources(recipe.data, 0)
+    source, _ = build.open_sources(recipe.data)
     model = network(0)
     return build.make_task(recipe, model, build.image_spec(recipe, model), source, 3)
 

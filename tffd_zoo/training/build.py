@@ -35,7 +35,7 @@ from ..tasks import (
 )
 
 
-def open_sources(config: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
+def open_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
     """The images to train on and those to evaluate on.
 
     Raises:
@@ -148,17 +148,17 @@ def make_task(
     """
     tffd, teacher = recipe.tffd, recipe.teacher
     criterion = make_criterion(recipe)
+    common: dict[str, Any] = {"criterion": criterion, "batches_per_epoch": batches_per_epoch}
+    if not any((tffd, teacher, recipe.kd, recipe.byot, recipe.cs_kd, recipe.tf_kd, recipe.ps_kd, recipe.drop)):
+        return DistillationTask(model, **common)  # plain training works on models without stages too
     stages = find_stages(model, tffd.stages if tffd else None)
     objectives = make_objectives(recipe, model, stages, spec, source, criterion)
-    common: dict[str, Any] = {"criterion": criterion, "batches_per_epoch": batches_per_epoch}
     if tffd is not None:
         if teacher is not None and not tffd.measure_every:
             tffd = dataclasses.replace(tffd, measure_every=teacher.measure_every)
         return TfFDTask(
             model, tffd, epochs=recipe.optim.epochs, objectives=objectives, input_size=spec.input_size, **common
         )
-    if not objectives:
-        return DistillationTask(model, **common)
     return DistillationTask(
         model, objectives, stages=stages, measure_every=teacher.measure_every if teacher else 0, **common
     )

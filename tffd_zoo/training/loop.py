@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data import Batch, Loader
+from ..eval import check_model_name
 from ..evaluation import EvalResult, evaluate
 from ..export import export_run
 from ..recipe import OptimConfig, Recipe
@@ -59,7 +60,8 @@ def train(recipe: Recipe) -> Path:
     set_seed(run.seed)
 
     # --- data, model and task -----------------------------------------------------------------------------------------
-    train_source, eval_source = open_sources(recipe.data, run.seed)
+    check_model_name(recipe.model)
+    train_source, eval_source = open_sources(recipe.data)
     model = create_model(recipe.model, num_classes=train_source.num_classes)
     layout = memory_format(recipe, accelerator.device)
     spec = image_spec(recipe, model)
@@ -176,11 +178,12 @@ def train(recipe: Recipe) -> Path:
             folder.append(line)
             folder.save_checkpoint(progress.step)
             accelerator.log({f"eval/{name}": line[name] for name in ("top1", "top5", "nll", "ece")}, step=progress.step)
-            bar.write(
-                f"epoch {progress.fraction:g}: train loss {losses['loss']:.3f}, top-1 {line['top1']:.2f} "
-                f"(best {progress.best['']:.2f}), top-5 {line['top5']:.2f}, NLL {line['nll']:.3f}"
-            ) if accelerator.is_main_process else None
-            if stop.signal is not None and progress.step < total_steps:
+            if accelerator.is_main_process:
+                bar.write(
+                    f"epoch {progress.fraction:g}: train loss {losses['loss']:.3f}, top-1 {line['top1']:.2f} "
+                    f"(best {progress.best['']:.2f}), top-5 {line['top5']:.2f}, NLL {line['nll']:.3f}"
+                )
+            if stop.agreed and progress.step < total_steps:
                 _leave(stop, folder, progress)
 
     # --- export -------------------------------------------------------------------------------------------------------
@@ -237,7 +240,7 @@ def _leave(stop: StopSignal, folder: RunFolder, progress: Progress) -> None:
     """Write a checkpoint and exit the way the signal would have."""
     folder.save_checkpoint(progress.step)
     stop.accelerator.print(f"\nstopped at step {progress.step} with a checkpoint; the same command resumes")
-    raise SystemExit(128 + (stop.signal or 0))
+    raise SystemExit(128 + stop.agreed)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -114,7 +114,8 @@ class StopSignal:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.signal: int | None = None
+        self.signal = 0  # what this process received
+        self.agreed = 0  # what all processes act on
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -128,17 +129,15 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
 
     def requested(self, step: int) -> bool:
         """Whether any process was told to stop; the same answer on every process."""
         if self.accelerator.num_processes == 1:
-            return self.signal is not None
-        if step % self.AGREE_EVERY:
-            return False
-        vote = torch.tensor(self.signal or 0, device=self.accelerator.device)
-        agreed = int(self.accelerator.gather(vote[None]).amax())
-        self.signal = agreed or None
-        return agreed > 0
+            self.agreed = self.signal
+        elif step % self.AGREE_EVERY == 0:
+            vote = torch.tensor([self.signal], device=self.accelerator.device)
+            self.agreed = int(self.accelerator.gather(vote).amax())
+        return self.agreed > 0
