@@ -126,6 +126,11 @@ def test_the_card_says_what_it_is_in_the_records_figures() -> None:
     assert "Top-1 69.12 %: 6,912 of 10,000 images." in summary
 
 
+def test_a_target_gradient_share_is_what_the_card_gives_as_the_strength() -> None:
+    card = render_card(card_info(vary(TFFD, "share", tffd={"share_intra": 0.05})))
+    assert "intra-layer gradient share 0.05, lambda_inter 0.05" in card
+
+
 def test_our_own_architecture_needs_our_import_and_timms_own_does_not() -> None:
     ours = section(render_card(card_info(repo="org/name@v1")), "Load it")
     assert "import tffd_zoo" in ours

@@ -224,9 +224,15 @@ def _method(recipe: Mapping[str, Any]) -> str:
     if tffd:
         parts.append(
             "teacher-free feature distillation (Tf-FD: salient channels teach redundant ones and deep stages shallow "
-            f"ones; lambda_intra {tffd['lambda_intra']:g}, lambda_inter {tffd['lambda_inter']:g})"
+            f"ones; {_strength(tffd, 'intra')}, {_strength(tffd, 'inter')})"
         )
     return f"with {' and '.join(parts)}" if parts else "with cross-entropy alone"
+
+
+def _strength(tffd: Mapping[str, Any], term: str) -> str:
+    """Say how strongly a term was weighted: by its target gradient share if it had one."""
+    share = tffd[f"share_{term}"]
+    return f"{term}-layer gradient share {share:.3g}" if share else f"lambda_{term} {tffd[f'lambda_{term}']:g}"
 
 
 def _short_method(recipe: Mapping[str, Any]) -> str:
