@@ -11,10 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import timm
 import torch
+from loopback_hub import LoopbackHub
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.data.model_config import resolve_input_data_config
@@ -389,6 +391,36 @@ def test_a_changed_export_is_refused_before_it_is_loaded(photos: Path, student: 
     weights.write_bytes(data)
     with pytest.raises(ValueError, match="not the file that was exported"):
         run(changed, photos, tmp_path)
+
+
+def test_a_student_and_its_data_come_from_the_hub(photos: Path, student: Path, tmp_path: Path) -> None:
+    paths = sorted((photos / "val").rglob("*.*"))
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"class_{label}" for label in range(7)])}
+    columns = {
+        "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+        "label": [path.parent.name for path in paths],
+    }
+    parquet = tmp_path / "validation-00000-of-00001.parquet"
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(parquet)
+    with LoopbackHub() as hub:
+        hub.add("org/student", {path.name: path.read_bytes() for path in student.iterdir()})
+        hub.add("org/photos", {f"data/{parquet.name}": parquet.read_bytes()}, repo_type="dataset")
+        command = [sys.executable, "-m", "tffd_zoo.eval", "hf-hub:org/student@main", "--data", "org/photos"]
+        options = [
+            "--split",
+            "validation",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--json",
+            str(tmp_path / "figures.json"),
+        ]
+        done = hub.run([*command, *options], tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    (figures,) = json.loads((tmp_path / "figures.json").read_text())
+    alone = run(student, photos, tmp_path)
+    assert (figures["images"], figures["correct1"], figures["correct5"]) == (83, alone["correct1"], alone["correct5"])
 
 
 TWO_PROCESSES = """
