@@ -332,6 +332,19 @@ def test_the_dry_run_leaves_no_trace(family, training):
         assert torch.equal(value, before[name]) if isinstance(value, torch.Tensor) else value == before[name], name
 
 
+class DrawsNoise(BasicBlock):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.rand(1)
+
+
+def test_a_model_that_draws_random_numbers_does_not_move_the_random_state():
+    model = create("tffd_resnet20")
+    model.stages[0][0] = DrawsNoise(16, 16)
+    before = torch.get_rng_state()
+    stage_norms(model, find_stages(model), (3, 32, 32))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0"])
 def test_a_model_that_caches_in_eval_mode_forgets_what_the_dry_run_made_it_cache(name):
     model, other = create(name, img_size=SIZE).eval(), create(name, img_size=SIZE).eval()

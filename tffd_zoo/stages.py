@@ -224,8 +224,9 @@ def _dry_run(model: Any, stages: Stages, input_size: tuple[int, int, int]) -> tu
     """Logits and stage features of one random image, with their autograd graph."""
     parameter = next(model.parameters())
     images = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(parameter)
+    gpus = [parameter.device] if parameter.is_cuda else []
     try:
-        with _untouched(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with _untouched(model), torch.random.fork_rng(devices=gpus), torch.enable_grad():
             final, features = model.forward_intermediates(images, indices=list(stages.indices), output_fmt="NCHW")
             return model.forward_head(final), features
     except (AssertionError, RuntimeError) as error:  # how timm and torch refuse a shape
