@@ -51,7 +51,7 @@ def assert_same_weights(one: Path, other: Path, kind: str = "last") -> None:
 
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = ("images_per_second", "seconds")
+    timed = ("images_per_second", "seconds", "hours")
     return [{k: v for k, v in record.items() if not k.endswith(timed)} for record in records]
 
 
@@ -266,6 +266,12 @@ def test_only_settings_that_change_the_result_make_another_run() -> None:
     mine = BASE.to_dict()
     assert differences(vary(BASE, "test", run={"log_every": 9}, data={"workers": 0}).to_dict(), mine) == []
     assert differences(vary(BASE, "test", run={"seed": 9}).to_dict(), mine) == ["run.seed: 0 there, 9 here"]
+
+
+def test_an_unknown_model_is_named_with_those_that_come_close(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no model 'tffd_resnet21'; did you mean .*tffd_resnet20"):
+        train(recipe(tmp_path, model="tffd_resnet21"))
+    assert not any(tmp_path.iterdir())
 
 
 def test_mixup_asks_for_even_batches(tmp_path: Path) -> None:

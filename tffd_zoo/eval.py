@@ -136,20 +136,31 @@ def main(config: EvalConfig) -> None:
             write_records(records, config.json, config.csv)
 
 
-def check_model_name(name: str) -> None:
-    """Refuse a name that no model has, before any data is read.
+def check_architecture(name: str) -> None:
+    """Refuse a name that no architecture has.
 
     Raises:
         ValueError: with the names that come close.
     """
     source, model_id = parse_model_name(name)
-    if source is not None:
-        return
-    architecture, tag = split_model_name_tag(model_id)
-    if not is_model(architecture):
+    architecture = split_model_name_tag(model_id)[0]
+    if source is None and not is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has them all"
         raise ValueError(f"there is no model {architecture!r}; {hint}")
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that no weights have, before any data is read.
+
+    Raises:
+        ValueError: with the names that come close.
+    """
+    check_architecture(name)
+    source, model_id = parse_model_name(name)
+    if source is not None:
+        return
+    architecture, tag = split_model_name_tag(model_id)
     pretrained = timm.list_pretrained(f"{architecture}.*") or timm.list_pretrained(architecture)
     if not pretrained:
         raise ValueError(f"{architecture} has no weights to evaluate; give an export of your own as local-dir:FOLDER")

@@ -202,6 +202,8 @@ def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str
     evaluations = [record for record in records if record["kind"] == "eval"]
     prefix = "ema_" if ema else ""
     record = evaluations[-1] if which == "last" else max(evaluations, key=lambda record: record[f"{prefix}top1"])
+    if "hours" in record:
+        environment["hours"] = record["hours"]
 
     with torch.random.fork_rng(devices=[]):
         model = timm.create_model(recipe["model"], num_classes=len(data["label_names"]))

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data import Batch, Loader
-from ..eval import check_model_name
+from ..eval import check_architecture
 from ..evaluation import EvalResult, evaluate
 from ..export import export_run
 from ..recipe import OptimConfig, Recipe
@@ -60,7 +60,7 @@ def train(recipe: Recipe) -> Path:
     set_seed(run.seed)
 
     # --- data, model and task -----------------------------------------------------------------------------------------
-    check_model_name(recipe.model)
+    check_architecture(recipe.model)
     train_source, eval_source = open_sources(recipe.data)
     model = create_model(recipe.model, num_classes=train_source.num_classes)
     layout = memory_format(recipe, accelerator.device)
@@ -175,7 +175,7 @@ def train(recipe: Recipe) -> Path:
                 if result.top1 > progress.best.get(prefix, -1.0):
                     progress.best[prefix] = result.top1
                     folder.save_weights(weights, "best", ema=bool(prefix))
-            folder.append(line)
+            folder.append({**line, "hours": progress.hours})
             folder.save_checkpoint(progress.step)
             accelerator.log({f"eval/{name}": line[name] for name in ("top1", "top5", "nll", "ece")}, step=progress.step)
             if accelerator.is_main_process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any
@@ -24,6 +25,8 @@ class Progress:
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
         self.best: dict[str, float] = {}
+        self._seconds = 0.0
+        self._resumed = time.monotonic()
 
     @property
     def epoch(self) -> int:
@@ -39,11 +42,17 @@ class Progress:
         """Epochs done, fractional."""
         return self.step / self.steps_per_epoch
 
+    @property
+    def hours(self) -> float:
+        """Wall-clock hours that went into these steps, over all resumptions."""
+        return round((self._seconds + time.monotonic() - self._resumed) / 3600, 4)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "best": self.best}
+        return {"step": self.step, "best": self.best, "hours": self.hours}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.best = state["step"], state["best"]
+        self._seconds, self._resumed = 3600 * state.get("hours", 0.0), time.monotonic()
 
 
 class TermSums:
