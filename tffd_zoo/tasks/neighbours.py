@@ -41,12 +41,17 @@ class BYOTConfig:
         _check_temperature(self.temperature)
 
 
+BETA_BATCH = 128
+"""Images over which the squared distances are summed that beta weighs."""
+
+
 class BYOT(Objective):
     """sum_i (1 - alpha) CE(q_i, y) + alpha T^2 KL(sg q_L || q_i) + beta ||f_i - sg F_L||^2 over shallow stages i < L.
 
     q_i and f_i are the logits and features of a branch on stage i: a bottleneck (1x1, 3x3 with the stride, 1x1
-    convolutions) for every step from there to the deepest stage, then average pooling and a linear classifier. The norm
-    is a sum over the batch too, as in the public reproduction that beta comes from. The branches are dropped at export.
+    convolutions) for every step from there to the deepest stage, then average pooling and a linear classifier. beta
+    comes from a public reproduction that sums the norm over its batch of 128; here it is 128 times the mean, so that
+    neither batch size nor processes change it. The branches are dropped at export.
 
     Source: Zhang et al., "Be Your Own Teacher: Improve the Performance of Convolutional Neural Networks via Self
     Distillation", ICCV 2019.
@@ -80,17 +85,15 @@ class BYOT(Objective):
 
     def forward(self, view: View) -> dict[str, Tensor]:
         deepest, logits = view.features[-1].detach(), view.logits.detach()
-        terms = []
+        ce, kd, hint = (view.logits.new_zeros(()) for _ in range(3))
         for feature, adapter, classifier in zip(view.features, self.adapters, self.classifiers, strict=False):
             branch = adapter(feature)
             branch_logits = classifier(branch.mean(dim=(2, 3)))
             # Where convolutions and pooling round odd sizes differently, the larger map is pooled.
-            hint = l2(*align(branch, deepest, "l2"), reduction="sum") * len(branch)
-            ce = self.criterion(branch_logits, view.targets)
-            terms.append((ce, kl(branch_logits, logits, self.config.temperature), hint))
-        return {
-            name: torch.stack(values).sum() for name, values in zip(self.weights, zip(*terms, strict=True), strict=True)
-        }
+            hint = hint + BETA_BATCH * l2(*align(branch, deepest, "l2"), reduction="sum")
+            kd = kd + kl(branch_logits, logits, self.config.temperature)
+            ce = ce + self.criterion(branch_logits, view.targets)
+        return {"byot_ce": ce, "byot_kd": kd, "byot_hint": hint}
 
 
 def _adapter(shapes: Iterable[tuple[int, int]]) -> nn.Sequential:

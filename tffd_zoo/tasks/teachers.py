@@ -39,7 +39,8 @@ class TeacherConfig:
     seed: int | None = None
     """Seed of the weights of an 'online' teacher or of branches; 1000 more than the run's when not given."""
     lambda_features: float = 1.0
-    """Weight of the feature loss; 0 leaves it out."""
+    """Weight of the feature loss; 0 leaves it out. 1 is a gradient share near 100 % at first and 15 % once trained
+    (ResNet-20 taught by another, CIFAR-100)."""
     share_features: float | None = None
     """Target gradient share of the feature loss, such as 0.05; lambda_features then only starts it."""
     measure_every: int = 0
