@@ -118,11 +118,19 @@ def test_every_module_comes_back_in_the_mode_it_had() -> None:
     assert torch.equal(model[0].running_mean, statistics)
 
 
-def test_a_model_that_caches_for_inference_trains_on_after_an_evaluation() -> None:
-    model = timm.create_model("levit_128s", num_classes=2)
-    images, targets = torch.randn(2, 3, 224, 224), torch.tensor([0, 1])
-    evaluate(model, [(images, targets)], device="cpu", progress=False)
-    model(images).sum().backward()  # fails on a tensor that was cached without autograd
+def test_a_model_that_caches_for_inference_trains_on_and_is_evaluated_anew() -> None:
+    model = timm.create_model("levit_128s", num_classes=2)  # keeps attention biases looked up, until train() is called
+    batch = (torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))
+    evaluate(model, [batch], device="cpu", progress=False)
+    model(batch[0]).sum().backward()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attention_biases" in name:
+                parameter.normal_(std=10)
+    fresh = timm.create_model("levit_128s", num_classes=2)
+    fresh.load_state_dict(model.state_dict())
+    results = [evaluate(m, [batch], device="cpu", progress=False).nll for m in (model, fresh)]
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
 
 
 def test_mixed_precision_leaves_the_metrics_in_float32() -> None:

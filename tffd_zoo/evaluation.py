@@ -197,7 +197,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        # train() and not the flag alone: some models drop what they cached for inference there
+        # train() and not the flags alone: with it some models drop what they cached of their weights for inference
         model.train(any(training for _, training in modes))
         for module, training in modes:
             module.training = training

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DASHES = ("-", "--", ":")
+MOST_BANDS = 6
+"""Recipes whose ranges can still be told apart in one picture."""
 
 Series = Mapping[int, Sequence[tuple[float, float]]]
 """For every seed its (epoch, value) points."""
@@ -42,11 +44,12 @@ def draw_curves(top1: Mapping[str, Series], twins: Mapping[str, str]) -> Figure:
     figure = Figure(figsize=(10, max(3.6, 0.2 * len(top1) + 1.2)), layout="constrained")
     curves, gaps = figure.subplots(1, 2)
     styles = _styles(top1, [name for name in top1 if name not in twins])
+    band = len(top1) <= MOST_BANDS
     for name, series in top1.items():
-        _mean_and_range(curves, series, label=name, **styles[name])
+        _mean_and_range(curves, series, band, label=name, **styles[name])
         difference = _difference(series, top1.get(twins.get(name, ""), {}))
         if difference:
-            _mean_and_range(gaps, difference, **styles[name])
+            _mean_and_range(gaps, difference, band, **styles[name])
     gaps.axhline(0, color=NEUTRAL, linewidth=1)
     curves.set_title("top-1 (%)")
     gaps.set_title("top-1 minus that of the twin, same seed (points)")
@@ -56,8 +59,13 @@ def draw_curves(top1: Mapping[str, Series], twins: Mapping[str, str]) -> Figure:
     return figure
 
 
-def draw_gains(gains: Sequence[Gain]) -> Figure:
-    """Forest plot: one line per recipe with its runs, their mean, its 95 % interval and the published gain."""
+def draw_gains(gains: Sequence[Gain], over: str) -> Figure:
+    """Forest plot: one line per recipe with its runs, their mean, its 95 % interval and the published gain.
+
+    Args:
+        gains: the lines, from the top.
+        over: what the gains are over, for the title.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.5 + 0.38 * len(gains)), layout="constrained")
@@ -82,7 +90,7 @@ def draw_gains(gains: Sequence[Gain]) -> Figure:
     axes.set_ylim(len(gains) - 0.5, -0.5)
     axes.set_yticks(range(len(gains)), [f"{gain.label}  (n = {gain.mean.n})" for gain in gains])
     axes.grid(axis="y", visible=False)
-    axes.set(title="gain in top-1 of the last epoch over the twin", xlabel="points, paired by seed")
+    axes.set(title=f"gain in top-1 of the last epoch over {over}", xlabel="points, paired by seed")
     figure.legend(handles=_gain_legend(gains), loc="outside lower center", ncols=4)
     return figure
 
@@ -103,7 +111,7 @@ def draw_shares(shares: Mapping[str, Mapping[str, Series]]) -> Figure:
             percent = {seed: [(epoch, 100 * share) for epoch, share in points] for seed, points in series.items()}
             label = None if name in labelled else name  # one legend for all panels
             labelled.add(name)
-            _mean_and_range(axes, percent, label=label, **styles[name])
+            _mean_and_range(axes, percent, len(styles) <= MOST_BANDS, label=label, **styles[name])
         axes.set(title=f"gradient share of {term} (%)")
         _count_epochs(axes)
         positive = [share for series in recipes.values() for points in series.values() for _, share in points if share]
@@ -126,8 +134,8 @@ def _styles(names: Mapping[str, object], baselines: Sequence[str]) -> dict[str, 
     return styles | {name: {"color": NEUTRAL, "linestyle": DASHES[k % len(DASHES)]} for k, name in enumerate(baselines)}
 
 
-def _mean_and_range(axes: Any, series: Series, label: str | None = None, **style: Any) -> None:
-    """The mean over the seeds, and a band from the lowest to the highest of them."""
+def _mean_and_range(axes: Any, series: Series, band: bool, label: str | None = None, **style: Any) -> None:
+    """The mean over the seeds, and with `band` the range from the lowest to the highest of them."""
     by_epoch: dict[float, list[float]] = {}
     for points in series.values():
         for epoch, value in points:
@@ -135,7 +143,7 @@ def _mean_and_range(axes: Any, series: Series, label: str | None = None, **style
     epochs = sorted(by_epoch)
     means = [statistics.fmean(by_epoch[epoch]) for epoch in epochs]
     axes.plot(epochs, means, label=label, marker="o" if len(epochs) < 5 else None, markersize=3, **style)
-    if len(series) > 1:
+    if band and len(series) > 1:
         low, high = ([pick(by_epoch[epoch]) for epoch in epochs] for pick in (min, max))
         axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
 

@@ -133,7 +133,7 @@ def _render(runs: _Runs, pictures: Sequence[str]) -> str:
         "## Accuracy\n\n" + _accuracy(runs),
         *(["## Against the twin\n\n" + _against_twin(runs, pictures)] if runs.compared else []),
         "## Over training\n\n![Top-1 over the epochs, and its difference to the twin](curves.png)\n\n"
-        "Lines are means over the seeds, bands reach from the lowest to the highest.",
+        "Lines are means over the seeds; bands, where they can be told apart, reach from the lowest to the highest.",
         "## Cost\n\n" + _cost(runs),
         "## Gradient shares\n\n" + _gradient_shares(runs, pictures),
         "## Conditions\n\n" + _conditions(runs),
@@ -370,12 +370,13 @@ def _by_recipe(runs: _Runs, value: Callable[[RunRecord], str]) -> str:
 
 
 def _gains_figure(runs: _Runs) -> Any:
+    twins = {row.twin for row in runs.compared}
     gains = []
     for row in runs.compared:
         values = runs.difference(row, _last)
-        published = row.published.gain if row.published else None
-        gains.append(Gain(f"{row.name} over {row.twin}", values, estimate(values), published))
-    return draw_gains(gains) if gains else None
+        label = row.name if len(twins) == 1 else f"{row.name} over {row.twin}"
+        gains.append(Gain(label, values, estimate(values), row.published.gain if row.published else None))
+    return draw_gains(gains, over=str(*twins) if len(twins) == 1 else "the twin") if gains else None
 
 
 def _curves_figure(runs: _Runs) -> Any:

@@ -1,0 +1,43 @@
+"""The README's Python pieces run as they stand, one after the other, without network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_python_piece_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Image.new("RGB", (40, 32), "orange").save("image.png")
+    images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    names = {"images": images, "targets": targets, "loader": [(images, targets)]}
+    pieces = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(pieces) == 5
+    for piece in pieces:
+        exec(piece, names)
+
+    printed = capsys.readouterr().out.strip().splitlines()[-1]
+    assert printed in names["model"].pretrained_cfg["label_names"]
+    shapes = [tuple(names[name].shape[1:]) for name in ("shallow", "middle", "deep")]
+    assert shapes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    assert names["model"].num_classes == 10
+
+
+def test_the_commands_that_the_readme_names_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for module in re.findall(r"python -m (tffd_zoo\.\w+)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+    for script in re.findall(r"(?:recipes|hub)/\w+\.py", text):
+        assert (ROOT / script).is_file(), script
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", text, flags=re.MULTILINE):
+        assert f"\n{target}:" in makefile, target
