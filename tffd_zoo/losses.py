@@ -60,23 +60,34 @@ def stage_pairs(stages: int, which: StagePairs = "all") -> tuple[tuple[int, int]
 # --- the losses -------------------------------------------------------------------------------------------------------
 
 
+def _take_channels(features: Tensor, channels: Tensor) -> Tensor:
+    """features[:, channels] in the layout of `features`; index_select alone would copy channels_last to NCHW first."""
+    if features.is_contiguous() or not features.is_contiguous(memory_format=torch.channels_last):
+        return features.index_select(1, channels)
+    batch, count, height, width = features.shape
+    pixels = features.permute(0, 2, 3, 1).reshape(-1, count).index_select(1, channels)
+    return pixels.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
 class _PairedSquaredError(torch.autograd.Function):
     """sum (f - f[:, teacher])^2, with the difference recomputed in the backward pass instead of saved.
 
     A salient channel is its own teacher, so its difference is zero and the plain gradient 2 (f - f[:, teacher]) already
     leaves it alone; without the stop-gradient it also receives minus the sum of its students' gradients.
+
+    Either way makes one tensor of the feature's size and no other: every activation of the network is there meanwhile.
     """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, teacher: Tensor, detach_salient: bool) -> Tensor:
         ctx.save_for_backward(features, teacher)
         ctx.detach_salient = detach_salient
-        return F.mse_loss(features, features.index_select(1, teacher), reduction="sum")
+        return torch.linalg.vector_norm(_take_channels(features, teacher).sub_(features)).square()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         features, teacher = ctx.saved_tensors
-        grad = (features - features.index_select(1, teacher)) * (2 * grads[0])
+        grad = _take_channels(features, teacher).sub_(features).mul_(-2 * grads[0])
         if not ctx.detach_salient:
             grad = grad.index_add(1, teacher, -grad)
         return grad, None, None
@@ -112,10 +123,12 @@ def intra_layer_loss(
         redundant = channels - salient_count(channels, ratio)
         if redundant == 0:
             continue
-        feature = feature.float()
+        stage, feature = feature, feature.float()
         if loss == "l2":
             count = batch * (redundant * height * width if reduction == "mean" else 1)
-            total = total + _PairedSquaredError.apply(feature, teacher, detach_salient) / count
+            squares = _PairedSquaredError.apply(feature, teacher, detach_salient)
+            _differentiate_with(squares, stage)
+            total = total + squares / count
         else:
             own = torch.arange(channels, device=teacher.device)
             # Redundant channels first, without asking the device how many there are.
@@ -168,6 +181,7 @@ def inter_layer_loss(
                 salience = saliences[deep] if saliences is not None else None
                 teacher = _deep_channels(teacher, taught.shape[1], deep_channels, salience)
             taught, teacher = align(taught, teacher, loss)
+            _differentiate_with(taught, features[shallow])
             term = FEATURE_LOSSES[loss](taught, teacher)
             if reduction == "sum":
                 term = term * taught[0].numel()
@@ -175,6 +189,16 @@ def inter_layer_loss(
             if _pools_in_steps(pooled, taught):
                 pooled = taught
     return total / len(pairs)
+
+
+def _differentiate_with(result: Tensor, feature: Tensor) -> None:
+    """Let the backward pass come to `result` when it comes to `feature`, and not before all of the network.
+
+    Autograd takes the newest operation that is ready. Made after the forward pass, a loss would have the gradients of
+    all stages waiting in memory, just when that is fullest; made when the feature was, it adds one stage's at a time.
+    """
+    if not torch.compiler.is_compiling() and result.grad_fn is not None and feature.grad_fn is not None:
+        result.grad_fn._set_sequence_nr(feature.grad_fn._sequence_nr())
 
 
 def _by_shallow(pairs: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
