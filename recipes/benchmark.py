@@ -1,0 +1,464 @@
+"""What Tf-FD costs: every price beside that of plain training, as ratios of interleaved steps.
+
+    python recipes/benchmark.py --data FOLDER --jpeg FOLDER     all parts, in about 15 minutes on two cores
+    python recipes/benchmark.py --parts steps memory            these alone
+    python recipes/benchmark.py --report                        the page and the picture again, from the JSON
+
+Times on a shared machine are noisy and ratios of steps that took turns are not, or less: a row is the median of paired
+ratios with its quartiles. The poster's chart of training times (Tf-FD 1.03, CS-KD 2.3-2.4, BYOT 2.1-2.4, KD with a
+teacher 3.2-5.2 times plain) is the part `methods`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import train_imagenet
+from accelerate import Accelerator
+from safetensors.torch import save_model
+from timing import Row, Step, compare, interleave, peak_memory, summary
+from timm import create_model
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from train_cifar100 import PRESETS, SHORT_PLAIN, SHORT_TFFD
+
+import tffd_zoo
+from tffd_zoo.atomic import replacing_file
+from tffd_zoo.cards import markdown_table
+from tffd_zoo.cli import run_cli
+from tffd_zoo.data import ImageSource, ImageSpec, eval_loader, open_source
+from tffd_zoo.evaluation import evaluate
+from tffd_zoo.pictures import COLOURS, NEUTRAL, house_style, save_png
+from tffd_zoo.recipe import Recipe, vary
+from tffd_zoo.training import read_metrics, train
+from tffd_zoo.training.build import image_spec, make_loaders, make_task, memory_format, open_sources
+from tffd_zoo.training.run_folder import environment
+
+RESULTS = Path(__file__).parent / "results" / "benchmark"
+CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Measure what Tf-FD costs beside plain training; write JSON, a table and a picture."""
+
+    data: str = "uoft-cs/cifar100"
+    """CIFAR-100: a Hub id or a folder of parquet."""
+    jpeg: str | None = None
+    """Photographs for the evaluation of JPEGs: a folder or a Hub id; that row is left out when not given."""
+    jpeg_split: str = "validation"
+    """Split of the photographs."""
+    parts: tuple[str, ...] = ()
+    """Parts to measure; all when not given. The others keep the rows that the output has."""
+    effort: float = 1.0
+    """Factor on the number of rounds."""
+    output: Path = RESULTS
+    """Folder of the JSON, the page and the picture."""
+    report: bool = False
+    """Measure nothing; make the page and the picture from the JSON."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the parts share."""
+
+    config: BenchmarkConfig
+    source: ImageSource
+    accelerator: Accelerator
+    scratch: Path
+
+    def rounds(self, usual: int) -> int:
+        return max(2, round(usual * self.config.effort))
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+class TrainingStep:
+    """One training step of a recipe, on one batch of noise: forward, losses, backward, update."""
+
+    def __init__(
+        self, recipe: Recipe, bench: Bench, *, compiled: bool = False, layout: torch.memory_format | None = None
+    ) -> None:
+        torch.manual_seed(0)
+        model = create_model(recipe.model, num_classes=bench.source.num_classes)
+        spec = image_spec(recipe, model)
+        device = bench.accelerator.device
+        layout = memory_format(recipe, device) if layout is None else layout
+        task = make_task(recipe, model, spec, bench.source, batches_per_epoch=391)
+        self.task: Any = task.to(device).to(memory_format=layout).train()
+        if compiled:
+            self.task.compile()
+        self.optimizer = create_optimizer_v2(self.task, opt="sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)
+        size = recipe.optim.batch_size
+        self.images = torch.randn(size, *spec.input_size, device=device).to(memory_format=layout)
+        self.targets = torch.randint(bench.source.num_classes, (size,), device=device)
+        self.indices = torch.arange(size)
+
+    def __call__(self) -> None:
+        self.step(self.images, self.targets, self.indices)
+
+    def step(self, images: Tensor, targets: Tensor, indices: Tensor) -> None:
+        self.task(images, targets, indices)["loss"].backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @property
+    def memory(self) -> int:
+        """Peak bytes of a step in the steady state."""
+        self()
+        momenta = [
+            value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+        ]
+        return peak_memory(self, self.task, [self.images, self.targets, *momenta])
+
+
+def steps(bench: Bench) -> Iterator[Row]:
+    """Tf-FD's step over the plain one."""
+    pair = {"tffd": SHORT_TFFD, "plain": SHORT_PLAIN}
+    times = interleave({k: TrainingStep(r, bench, compiled=True) for k, r in pair.items()}, bench.rounds(30), warmup=3)
+    yield compare("steps", "ResNet-20, batch 128, compiled", times["tffd"], times["plain"], bound="<=", target=1.02)
+    layouts = {"channels_last": CHANNELS_LAST, "NCHW": NCHW}
+    times = interleave(
+        {
+            f"{k} {name}": TrainingStep(r, bench, layout=layout)
+            for k, r in pair.items()
+            for name, layout in layouts.items()
+        },
+        bench.rounds(15),
+    )
+    best = {k: min((times[f"{k} {name}"] for name in layouts), key=statistics.median) for k in pair}
+    yield compare(
+        "steps", "ResNet-20, batch 128, eager, each in its best layout", best["tffd"], best["plain"],
+        bound="<=", target=1.05,
+    )  # fmt: skip
+    for model, size, batch, rounds in (("tffd_resnet18", 64, 64, 10), ("tffd_resnet50", 224, 8, 8)):
+        changes: dict[str, Any] = {"model": model, "data": {"image_size": size}, "optim": {"batch_size": batch}}
+        recipes = {
+            "tffd": vary(train_imagenet.TFFD, "tffd", **changes),
+            "plain": vary(train_imagenet.PLAIN, "plain", **changes),
+        }
+        times = interleave({k: TrainingStep(r, bench) for k, r in recipes.items()}, bench.rounds(rounds), warmup=1)
+        yield compare(
+            "steps", f"{model.removeprefix('tffd_')} at {size} px, batch {batch}, eager", times["tffd"],
+            times["plain"], bound="<=", target=1.02,
+        )  # fmt: skip
+
+
+def memory(bench: Bench) -> Iterator[Row]:
+    """Peak memory of a step; it does not vary from step to step."""
+    for how, compiled in (("eager", False), ("compiled", True)):
+        tffd, plain = (TrainingStep(r, bench, compiled=compiled).memory for r in (SHORT_TFFD, SHORT_PLAIN))
+        yield summary("memory", f"ResNet-20, batch 128, {how}: Tf-FD / plain", [tffd / plain], bound="<=", target=1.03)
+
+
+def methods(bench: Bench) -> Iterator[Row]:
+    """The poster's chart: how long each method takes to learn from 128 images."""
+    teacher = bench.scratch / "teacher.safetensors"
+    save_model(create_model("tffd_resnet110", num_classes=bench.source.num_classes), str(teacher))
+    recipes = {
+        "plain": SHORT_PLAIN,
+        "Tf-FD": SHORT_TFFD,
+        "CS-KD": PRESETS["short-cs-kd"],
+        "BYOT": PRESETS["short-byot"],
+        "KD, ResNet-110 teacher": vary(PRESETS["short-kd-resnet20"], "kd", teacher={"weights": teacher}),
+    }
+    times = interleave({k: TrainingStep(r, bench, compiled=True) for k, r in recipes.items()}, bench.rounds(15), 3)
+    for name in [*recipes][1:]:
+        yield compare("methods", f"{name} / plain", times[name], times["plain"])
+    yield compare(
+        "methods", "KD, ResNet-110 teacher / Tf-FD", times["KD, ResNet-110 teacher"], times["Tf-FD"],
+        bound=">=", target=3.3,
+    )  # fmt: skip
+
+
+def salience(bench: Bench) -> Iterator[Row]:
+    """What the dearer saliences add, spread over the steps between two rankings."""
+    for name, every, images in (("entropy", 1, None), ("entropy", 10, None), ("hrank", 50, 8)):
+        changes = {"salience": name, "repair_every": every, "salience_images": images}
+        ranked = TrainingStep(vary(SHORT_TFFD, name, tffd=changes), bench, compiled=True)
+        plain = TrainingStep(SHORT_PLAIN, bench, compiled=True)
+
+        def ranking(step: TrainingStep = ranked) -> None:
+            step.task._batches = 0
+            step()
+
+        def between(step: TrainingStep = ranked) -> None:
+            step.task._batches = 1
+            step()
+
+        timed: dict[str, Step] = {"plain": plain, "ranking": ranking, "between": between}
+        times = interleave(timed if every > 1 else {"plain": plain, "ranking": ranking}, bench.rounds(12), warmup=3)
+        rest = times.get("between", times["ranking"])
+        spread = [(r + (every - 1) * b) / every for r, b in zip(times["ranking"], rest, strict=True)]
+        how = f"every {every} steps" if every > 1 else "every step"
+        what = f"{name}, {how}{f', {images} images' if images else ''} / plain"
+        yield compare("salience", what, spread, times["plain"], bound="<=", target=1.05)
+
+
+# --- feeding and looping ----------------------------------------------------------------------------------------------
+
+
+def feeding(bench: Bench) -> Iterator[Row]:
+    """Images from the real loader beside noise that is there already; our loop beside a bare one."""
+    recipe = vary(SHORT_TFFD, "feeding", data={"source": bench.config.data}, run={"compile": False})
+    step = TrainingStep(recipe, bench)
+    sources = open_sources(recipe.data)
+    spec, layout = image_spec(recipe, step.task.get_eval_model()), memory_format(recipe, bench.accelerator.device)
+    loader = make_loaders(recipe, spec, *sources, layout, bench.accelerator).train
+    batches = loader.epoch(0)
+
+    def real() -> None:
+        images, targets, indices, _ = next(batches)
+        step.step(images, targets, indices)
+
+    times = interleave({"noise": step, "real": real}, bench.rounds(40))
+    yield compare(
+        "feeding", "CIFAR-100, images/s from the real loader / from noise", times["noise"], times["real"],
+        bound=">=", target=0.97,
+    )  # fmt: skip
+
+    window, windows = 20, 4
+    ours, bare = [], []
+    for attempt in range(bench.rounds(3)):
+        run = {"output": bench.scratch / f"loop{attempt}", "log_every": window, "max_steps": window * (windows + 1)}
+        train(vary(recipe, "loop", run=run))
+        records = [r for r in read_metrics(run["output"] / "metrics.jsonl") if r["kind"] == "train"]
+        ours += [r["images_per_second"] for r in records[1 : windows + 1]]
+        stream = loader.epoch(0)
+        for number in range(windows + 1):
+            started = time.perf_counter()
+            for _ in range(window):
+                images, targets, indices, _ = next(stream)
+                step.step(images, targets, indices)
+            if number:
+                bare.append(window * recipe.optim.batch_size / (time.perf_counter() - started))
+    yield compare("feeding", "images/s of our loop / of a bare PyTorch loop", ours, bare, bound=">=", target=0.98)
+
+
+def evaluation(bench: Bench) -> Iterator[Row]:
+    """Our evaluation beside a loop like that of timm's validate.py: decoding, loading and metrics included."""
+    config = bench.config
+    cases = [("CIFAR-100, ResNet-20", config.data, "test", "tffd_resnet20", 32, 1.2, 3)]
+    if config.jpeg is not None:
+        cases.append(("JPEG, ResNet-18 at 224 px", config.jpeg, config.jpeg_split, "tffd_resnet18", 224, 1.0, 2))
+    for what, data, split, name, size, target, rounds in cases:
+        source = open_source(data, split)
+        model = create_model(name, num_classes=source.num_classes).eval()
+        spec = ImageSpec.from_model(model, input_size=(3, size, size))
+        last = create_model(name, num_classes=source.num_classes).eval().to(memory_format=CHANNELS_LAST)
+
+        def ours(source: ImageSource = source, spec: ImageSpec = spec, model: nn.Module = last) -> None:
+            loader = eval_loader(source, spec, 256, memory_format=CHANNELS_LAST)
+            evaluate(model, loader, device="cpu", memory_format=CHANNELS_LAST, progress=False)
+
+        def theirs(source: ImageSource = source, spec: ImageSpec = spec, model: nn.Module = model) -> None:
+            validate_like_timm(source, spec, model)
+
+        times = interleave({"ours": ours, "timm": theirs}, bench.rounds(rounds), warmup=0)
+        yield compare(
+            "evaluation", f"images/s of ours / of timm's loop: {what}", times["timm"], times["ours"],
+            bound=">=", target=target,
+        )  # fmt: skip
+
+
+def validate_like_timm(source: ImageSource, spec: ImageSpec, model: nn.Module) -> None:
+    """timm's loader with its defaults, and metrics read at every batch."""
+    from timm.data.loader import create_loader
+    from timm.utils.metrics import AverageMeter, accuracy
+
+    class Images(torch.utils.data.Dataset[Any]):
+        transform: Callable[[Any], Any]
+
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            return self.transform(source.decode(index)), int(source.labels[index])
+
+    loader = create_loader(
+        Images(),
+        spec.input_size,
+        256,
+        use_prefetcher=False,
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+        std=spec.std,
+        num_workers=4,  # validate.py's default
+        crop_pct=spec.crop_pct,
+        crop_mode=spec.crop_mode,
+        device=torch.device("cpu"),
+    )
+    criterion, losses, top1, top5 = nn.CrossEntropyLoss(), AverageMeter(), AverageMeter(), AverageMeter()
+    with torch.inference_mode():
+        for images, targets in loader:
+            logits = model(images)
+            accuracies = accuracy(logits, targets, topk=(1, 5))
+            for meter, value in zip((losses, top1, top5), (criterion(logits, targets), *accuracies), strict=True):
+                meter.update(value.item(), len(images))
+
+
+def importing(bench: Bench) -> Iterator[Row]:
+    """What `import tffd_zoo` takes once timm is there."""
+    code = "import time, timm; t = time.perf_counter(); import tffd_zoo; print(1000 * (time.perf_counter() - t))"
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(bench.rounds(5) + 1)]
+    values = [float(run.stdout) for run in runs[1:]]  # the first may have to read the files
+    yield summary("importing", "import tffd_zoo after import timm", values, unit="ms", bound="<=", target=150)
+
+
+def growth(bench: Bench) -> Iterator[Row]:
+    """How the price of Tf-FD grows, in eager mode: the cases differ from the first in one thing each."""
+    pairs = {"tffd": SHORT_TFFD, "plain": SHORT_PLAIN}
+    cases: dict[str, dict[str, Any]] = {
+        "ResNet-20, batch 128, 32 px, 3 stages": {},
+        "batch 32": {"optim": {"batch_size": 32}},
+        "batch 256": {"optim": {"batch_size": 256}},
+        "64 px, batch 32": {"data": {"image_size": 64}, "optim": {"batch_size": 32}},
+        "4 times the channels (ResNet-20's blocks as in ResNet-32x4), batch 32": {
+            "model": "tffd_resnet32x4", "optim": {"batch_size": 32},
+        },
+        "the last 2 stages": {"tffd": {"stages": (1, 2)}},
+        "1 stage, intra-layer alone": {"tffd": {"stages": (2,), "lambda_inter": 0.0}},
+        "shares measured every 100 batches": {"tffd": {"share_intra": 0.05, "share_inter": 0.05, "measure_every": 100}},
+    }  # fmt: skip
+    for what, changes in cases.items():
+        every = changes.get("tffd", {}).get("measure_every", 0)
+        plain_changes = {section: values for section, values in changes.items() if section != "tffd"}
+        tffd = TrainingStep(vary(pairs["tffd"], "growth", **changes), bench)
+        plain = TrainingStep(vary(pairs["plain"], "growth", **plain_changes), bench)
+
+        def measured(step: TrainingStep = tffd) -> None:
+            step.task._batches = 0
+            step()
+
+        def usual(step: TrainingStep = tffd) -> None:
+            step.task._batches = 1
+            step()
+
+        timed: dict[str, Step] = {"tffd": usual, "plain": plain} | ({"measured": measured} if every else {})
+        times = interleave(timed, bench.rounds(6), warmup=1)
+        if every:
+            times["tffd"] = [
+                (m + (every - 1) * t) / every for m, t in zip(times["measured"], times["tffd"], strict=True)
+            ]
+        yield compare("growth", what, times["tffd"], times["plain"])
+
+
+PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    part.__name__: part for part in (steps, memory, methods, salience, feeding, evaluation, importing, growth)
+}
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(record: dict[str, Any]) -> str:
+    """The Markdown page of the measured rows."""
+    about = record["environment"]
+    text = [
+        "# What Tf-FD costs",
+        "Made by `python recipes/benchmark.py` from `benchmark.json`. Each figure is the median of paired ratios, with "
+        "the quartiles in brackets; both of a pair ran in turn in one process.",
+        f"Measured on {about['hardware']}, {about['threads']} thread(s), torch {about['packages']['torch']}, timm "
+        f"{about['packages']['timm']}, tffd_zoo {record['version']}, commit {about['commit'] or 'unknown'}.",
+        "![Training time of the methods relative to plain training](methods.png)",
+    ]
+    for part, function in PARTS.items():
+        rows = [Row(**row) for row in record["rows"] if row["part"] == part]
+        if rows:
+            header = ["what", "median", "quartiles", "n", "target", "met"]
+            text += [f"## {part}", (function.__doc__ or "").strip(), markdown_table(header, list(map(_cells, rows)))]
+    return "\n\n".join(text) + "\n"
+
+
+def _cells(row: Row) -> list[str]:
+    digits = 3 if row.unit == "x" else 0
+    target = f"{row.bound} {row.target:g}" if row.target is not None else "-"
+    met = {True: "yes", False: "no", None: "-"}[row.met]
+    spread = f"{row.low:.{digits}f} to {row.high:.{digits}f}" if row.n > 1 else "-"
+    return [row.what, f"{row.median:.{digits}f} {row.unit}", spread, str(row.n), target, met]
+
+
+def draw(rows: Sequence[Row], picture: Path) -> None:
+    """The poster's chart: time of every method over that of plain training."""
+    from matplotlib.figure import Figure
+
+    bars = [row for row in rows if row.part == "methods" and row.what.endswith(" / plain")]
+    if not bars:
+        return
+    with house_style():
+        figure = Figure(figsize=(6.4, 0.9 + 0.36 * (len(bars) + 1)), layout="constrained")
+        axes = figure.subplots()
+        names = ["plain", *(row.what.removesuffix(" / plain") for row in bars)]
+        values = [1.0, *(row.median for row in bars)]
+        axes.barh(names, values, color=[NEUTRAL, *(COLOURS[0] for _ in bars)], height=0.62)
+        for place, value in enumerate(values):
+            axes.text(value + 0.03, place, f"{value:.2f}", va="center", fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(title="training time, ResNet-20, batch 128, compiled", xlabel="times plain training")
+        save_png(figure, picture)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Measure the parts, and write JSON, page and picture.
+
+    Raises:
+        ValueError: a part that does not exist, or nothing to report on.
+    """
+    unknown = set(config.parts) - set(PARTS)
+    if unknown:
+        raise ValueError(f"there is no part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+    place = config.output / "benchmark.json"
+    record: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {"rows": []}
+    if config.report:
+        if not record["rows"]:
+            raise ValueError(f"{place} holds no figures: run the benchmark without --report first")
+    else:
+        with _bench(config) as bench:
+            record |= {"version": tffd_zoo.__version__, "environment": environment(bench.accelerator)}
+            for part in config.parts or PARTS:
+                kept = [row for row in record["rows"] if row["part"] != part]
+                record["rows"] = kept + [dataclasses.asdict(row) for row in _shown(PARTS[part](bench))]
+                _write(place, json.dumps(record, indent=1) + "\n")  # a part is kept once it is measured
+                torch.compiler.reset()
+    draw([Row(**row) for row in record["rows"]], config.output / "methods.png")
+    _write(config.output / "README.md", page(record))
+    print(config.output / "README.md")
+
+
+@contextmanager
+def _bench(config: BenchmarkConfig) -> Iterator[Bench]:
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Bench(config, open_source(config.data, "test"), Accelerator(), Path(scratch))
+
+
+def _shown(rows: Iterator[Row]) -> Iterator[Row]:
+    for row in rows:
+        print(f"{row.part}: " + "  ".join(_cells(row)), flush=True)
+        yield row
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as aside:
+        aside.write_text(text)
+
+
+if __name__ == "__main__":
+    run_cli(main, BenchmarkConfig)
