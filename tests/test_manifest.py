@@ -259,7 +259,7 @@ def test_a_failed_write_leaves_the_manifest_as_it_was(
         ({"file": {"repo": "resnet20", "commit": COMMIT, "filename": "model.safetensors"}}, "organisation/name"),
         ({"file": {"repo": "tffd/resnet20", "commit": "main", "filename": "model.safetensors"}}, "40 hex digits"),
         ({"file": {"repo": "tffd/resnet20", "commit": COMMIT, "filename": "model.bin"}}, "not a .safetensors"),
-        ({"file": {"url": "https://example.org"}}, "HubFile lacks commit, filename, repo"),
+        ({"file": {"url": "https://example.org"}}, "HubFile lacks commit, repo"),
         ({"author": "me"}, "Release has no author"),
         ({"file": None}, "keys"),
     ],
