@@ -276,7 +276,9 @@ def _loading(info: CardInfo) -> str:
         'print(model.pretrained_cfg["label_names"][logits.argmax().item()])',
     ]
     note = f"This is timm's own `{info.config['architecture']}`; nothing but timm is needed.\n\n" if plain_timm else ""
-    return note + "```python\n" + "\n".join(lines) + "\n```"
+    check = f"`hf cache verify {info.repo}`" if info.repo else "`sha256sum -c SHA256SUMS`"
+    hashes = f"timm compares no hashes of what it loads so: {check} does, and `python -m tffd_zoo.eval` goes by `SHA256SUMS`."
+    return note + "```python\n" + "\n".join(lines) + f"\n```\n\n{hashes}"
 
 
 def _results(info: CardInfo) -> str:

@@ -47,7 +47,7 @@ class WheelFile:
 
     def mend(self) -> str:
         """What to do when it is not the file that was released."""
-        return "Reinstall the package: pip install --force-reinstall tffd_zoo"
+        return "Reinstall the package from where it came: pip install --force-reinstall --no-deps CLONE-OR-WHEEL"
 
     def pretrained_cfg(self) -> dict[str, str]:
         """The fields of timm's pretrained cfg that name this source."""

@@ -54,12 +54,12 @@ def read_verified(path: Path, size: int, sha256: str, mend: str) -> dict[str, Te
     except FileNotFoundError:
         raise FileNotFoundError(f"the weights {path} are missing. {mend}") from None
     if len(data) != size:
-        came = f"{path.stat().st_size:,} bytes where {size:,} were released"
+        came = f"{path.stat().st_size:,} bytes where {size:,} were released (sha256 {sha256})"
     elif (digest := hashlib.sha256(data).hexdigest()) != sha256:
-        came = f"sha256 {digest}"
+        came = f"sha256 {digest} where {sha256} was released"
     else:
         return safetensors.torch.load(data)
-    raise ValueError(f"{path} is not the released file: it has {came} (sha256 {sha256}). It was not loaded. {mend}")
+    raise ValueError(f"{path} is not the released file: it has {came}. It was not loaded. {mend}")
 
 
 def reason_of(error: BaseException) -> str:
