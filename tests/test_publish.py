@@ -195,6 +195,13 @@ def test_a_published_model_is_evaluated_on_a_data_set_of_the_same_hub(
     }
     assert found["evaluation"]["revision"] == hub.repo("org/digits", "dataset").head.sha
 
+    hub.add("org/rare", {"data/test-00000-of-00001.parquet": data}, "dataset")
+    for fault, message in {"drop": "Server disconnected", "status": "503 a fault", "truncate": "peer closed"}.items():
+        hub.fail(fault, "GET /cdn/datasets", count=99)  # type: ignore[arg-type]
+        failed = publish(f"hf-hub:{repo}@v1", "--data", "org/rare", program=EVALUATE)
+        assert (failed.code, f"org/rare cannot be downloaded: {message}" in failed.err) == (2, True), failed
+        hub.faults.clear()
+
 
 EVALUATE = "from tffd_zoo import eval as e\nrun_cli(e.main, e.EvalConfig, arguments)"
 

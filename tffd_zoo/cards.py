@@ -277,7 +277,7 @@ def _loading(info: CardInfo) -> str:
     ]
     note = f"This is timm's own `{info.config['architecture']}`; nothing but timm is needed.\n\n" if plain_timm else ""
     check = f"`hf cache verify {info.repo}`" if info.repo else "`sha256sum -c SHA256SUMS`"
-    hashes = f"timm compares no hashes of what it loads so: {check} does, and `python -m tffd_zoo.eval` goes by `SHA256SUMS`."
+    hashes = f"timm compares no hashes here: {check} does, and `python -m tffd_zoo.eval` goes by `SHA256SUMS`."
     return note + "```python\n" + "\n".join(lines) + f"\n```\n\n{hashes}"
 
 
