@@ -30,7 +30,7 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
@@ -54,6 +54,7 @@ from tffd_zoo.export import (
     verify_export,
 )
 from tffd_zoo.models import HubFile, add_release, releases
+from tffd_zoo.models.weights import reason_of
 from tffd_zoo.release import find_export, release_of
 
 RELEASE_FILES = {WEIGHTS, CONFIG, RECIPE, METRICS, ENVIRONMENT, CARD, CURVES, SUMS}
@@ -307,17 +308,7 @@ def _step(what: str, state: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise OSError(f"could not {what}: {_reason(error)}; {state}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error and of what caused it; of a refused request, what the server said, not its address."""
-    if isinstance(error, HfHubHTTPError):
-        said = error.server_message or type(error).__name__
-        return f"{error.response.status_code} {said.splitlines()[0].rstrip('.')}"
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    cause = _reason(error.__cause__) if error.__cause__ else line
-    return line if cause == line else f"{line}: {cause}"
+        raise OSError(f"could not {what}: {reason_of(error)}; {state}") from error
 
 
 def _check_token() -> None:

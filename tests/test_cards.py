@@ -50,6 +50,7 @@ METRICS = {
 }
 CONFIG = {
     "architecture": "tffd_resnet20",
+    "num_classes": 100,
     "pretrained_cfg": {
         "input_size": [3, 32, 32],
         "interpolation": "bilinear",
@@ -112,6 +113,23 @@ def test_a_data_set_of_the_users_own_is_called_what_the_recipe_calls_it(source: 
     assert f"trained on {source} with" in card
 
 
+@pytest.mark.parametrize(
+    ("source", "classes", "name"),
+    [
+        ("org/birds", 100, "org/birds"),
+        ("birds", 200, "birds"),
+        ("digits", 10, "scikit-learn's handwritten digits"),
+        ("cifar100", 100, "CIFAR-100"),
+        ("uoft-cs/cifar100", 100, "CIFAR-100"),
+    ],
+)
+def test_a_presets_tag_does_not_make_other_data_cifar100(source: str, classes: int, name: str) -> None:
+    recipe = vary(TFFD, "tffd", data={"source": source}).to_dict()
+    card = render_card(CardInfo("tffd_resnet20", "c100", CONFIG | {"num_classes": classes}, recipe, METRICS))
+    assert f"trained on {name} with" in card
+    assert ("cifar100" in card) == (name == "CIFAR-100")
+
+
 def test_the_plain_twin_is_not_tagged_as_distilled() -> None:
     assert "tf-fd" not in ModelCard(render_card(card_info(PLAIN))).data.tags
 
@@ -135,6 +153,7 @@ def test_our_own_architecture_needs_our_import_and_timms_own_does_not() -> None:
     ours = section(render_card(card_info(repo="org/name@v1")), "Load it")
     assert "import tffd_zoo" in ours
     assert 'timm.create_model("hf-hub:org/name@v1", pretrained=True)' in ours
+    assert "`sha256sum -c SHA256SUMS`" in render_card(card_info())
     timms = CardInfo("tffd_resnet18", "c100", CONFIG | {"architecture": "resnet18"}, TFFD.to_dict(), METRICS)
     assert "import tffd_zoo" not in section(render_card(timms), "Load it")
 
@@ -173,6 +192,8 @@ def test_how_it_was_trained_is_told_from_recipe_and_environment() -> None:
     assert "learning rate 0.05 (multistep, x0.1 at epochs 150, 180, 210), weight decay 0.0005" in training
     assert "seed 0, one run; precision float32" in training
     assert "hardware: abacus, 2 wires" in training
+    hours = section(render_card(card_info(environment=ENVIRONMENT | {"hours": 0.72})), "How it was trained")
+    assert "hardware: abacus, 2 wires, 0.72 hours (wall-clock" in hours
     assert "versions: torch 2.14, timm 1.0.31" in training
 
 
@@ -236,6 +257,12 @@ def test_every_card_says_what_was_not_shown_and_whom_to_cite(info: CardInfo) -> 
         assert boast not in card.lower()
 
 
+def test_a_run_shorter_than_the_literatures_is_said_to_be() -> None:
+    short = CardInfo("tffd_resnet20", "c100", CONFIG, TFFD.to_dict(), METRICS | {"trained_epochs": 15.0})
+    assert "15 epochs, where the literature's figures on CIFAR-100 are mostly from 240" in render_card(short)
+    assert "the literature's figures" not in render_card(card_info())
+
+
 def test_a_table_is_aligned_for_the_terminal_and_valid_for_markdown() -> None:
     assert markdown_table(["model", "top-1"], [["a", "7.50"], ["longer", "70.25"]]).splitlines() == [
         "| model  | top-1 |",
@@ -277,6 +304,17 @@ def test_the_zoos_table_has_the_manifests_figures_and_the_difference_between_twi
 
 def test_a_release_without_a_twin_claims_no_gain() -> None:
     assert "`tffd_resnet20.c100`: no plain twin was trained" in render_results([release("c100", 6_850, TFFD)])
+
+
+def test_the_zoos_table_says_which_images_were_held_out_and_which_chose_the_weights() -> None:
+    def entry(**evaluation: Any) -> Release:
+        plain = release("c100", 6_850, TFFD)
+        return replace(plain, metrics=replace(plain.metrics, evaluation=evaluation))
+
+    flatters = "chosen on the very images"
+    assert flatters not in render_results([entry(weights="last")])
+    assert f"- `tffd_resnet20.c100`: The best epoch was {flatters}" in render_results([entry(weights="best")])
+    assert "| uoft-cs/cifar100, test (images held out) |" in render_results([entry(held_out=5_000)])
 
 
 def test_the_command_replaces_the_figures_and_nothing_else(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import safetensors
 import timm
 import torch
 from safetensors.torch import save_file
@@ -140,6 +141,15 @@ def test_the_weights_folder_holds_exactly_the_files_of_the_shipped_manifest() ->
     assert sum(path.stat().st_size for path in named) <= manifest.WHEEL_LIMIT
 
 
+def test_every_shipped_entry_has_the_very_recipe_that_its_weights_name_and_says_how_it_was_evaluated() -> None:
+    for release in manifest.releases():
+        assert {"weights", "precision", "device", "fingerprint"} <= release.metrics.evaluation.keys()
+        if isinstance(release.file, WheelFile):
+            with safetensors.safe_open(release.file.path, "pt") as file:
+                recorded = file.metadata()["recipe_sha256"]
+            assert hashlib.sha256((json.dumps(release.recipe, indent=2) + "\n").encode()).hexdigest() == recorded
+
+
 # Releasing
 
 
@@ -259,7 +269,7 @@ def test_a_failed_write_leaves_the_manifest_as_it_was(
         ({"file": {"repo": "resnet20", "commit": COMMIT, "filename": "model.safetensors"}}, "organisation/name"),
         ({"file": {"repo": "tffd/resnet20", "commit": "main", "filename": "model.safetensors"}}, "40 hex digits"),
         ({"file": {"repo": "tffd/resnet20", "commit": COMMIT, "filename": "model.bin"}}, "not a .safetensors"),
-        ({"file": {"url": "https://example.org"}}, "HubFile lacks commit, filename, repo"),
+        ({"file": {"url": "https://example.org"}}, "HubFile lacks commit, repo"),
         ({"author": "me"}, "Release has no author"),
         ({"file": None}, "keys"),
     ],
@@ -502,7 +512,7 @@ def test_a_wheel_file_that_is_not_the_released_one_is_refused_before_a_tensor_is
     assert "\n" not in message
     assert str(released.file.path) in message
     assert released.sha256 in message
-    assert "pip install --force-reinstall tffd_zoo" in message
+    assert "pip install --force-reinstall --no-deps CLONE-OR-WHEEL" in message
 
 
 def test_the_refusal_says_what_came(released: Release) -> None:

@@ -163,6 +163,14 @@ def test_one_command_releases_what_loads_by_registered_name_hub_name_tag_and_com
     refused = hub.python(LOAD, tmp_path / "c", "tffd_resnet20.digits", **environment)
     assert refused.returncode == 1
     assert "is not the released file" in refused.stderr
+    assert f"{hub.url}/{repo} does not serve" in refused.stderr
+
+    hub.fail("status", "GET /cdn/")
+    failed = hub.python(LOAD, tmp_path / "d", "tffd_resnet20.digits", **environment)
+    line = failed.stderr.splitlines()[-1]
+    assert f"cannot fetch model.safetensors from {hub.url}/{repo} at " in line
+    assert ": 503 a fault of the loopback Hub. Check the connection" in line
+    assert hub.cdn_url not in line, "a CDN's address holds a key"
 
 
 def test_a_published_model_is_evaluated_on_a_data_set_of_the_same_hub(
@@ -177,9 +185,8 @@ def test_a_published_model_is_evaluated_on_a_data_set_of_the_same_hub(
 
     published = publish(run, "--repo", repo, "--evaluate", "org/digits")
     assert published.code == 0, published
-    program = "from tffd_zoo import eval as e\nrun_cli(e.main, e.EvalConfig, arguments)"
     record = tmp_path / "record.json"
-    done = publish(f"hf-hub:{repo}@v1", "--data", "org/digits", "--json", record, program=program)
+    done = publish(f"hf-hub:{repo}@v1", "--data", "org/digits", "--json", record, program=EVALUATE)
     assert done.code == 0, done
     (found,) = json.loads(record.read_text())
     expected = published.entry["metrics"]
@@ -187,6 +194,43 @@ def test_a_published_model_is_evaluated_on_a_data_set_of_the_same_hub(
         name: expected[name] for name in ("images", "correct1", "correct5")
     }
     assert found["evaluation"]["revision"] == hub.repo("org/digits", "dataset").head.sha
+
+    hub.add("org/rare", {"data/test-00000-of-00001.parquet": data}, "dataset")
+    for fault, message in {"drop": "Server disconnected", "status": "503 a fault", "truncate": "peer closed"}.items():
+        hub.fail(fault, "GET /cdn/datasets", count=99)  # type: ignore[arg-type]
+        failed = publish(f"hf-hub:{repo}@v1", "--data", "org/rare", program=EVALUATE)
+        assert (failed.code, f"org/rare cannot be downloaded: {message}" in failed.err) == (2, True), failed
+        hub.faults.clear()
+
+
+EVALUATE = "from tffd_zoo import eval as e\nrun_cli(e.main, e.EvalConfig, arguments)"
+
+
+@pytest.mark.parametrize(
+    ("fault", "count", "message"),
+    [
+        ("corrupt", 1, "is not the model.safetensors that SHA256SUMS lists; delete that file and try again"),
+        ("drop", 99, "cannot be loaded: Server disconnected without sending a response"),
+        ("truncate", 99, "cannot be loaded: peer closed connection"),
+        ("status", 1, "cannot be loaded: 503 a fault of the loopback Hub"),
+    ],
+)
+def test_an_evaluation_from_a_failing_hub_ends_with_one_line_and_not_with_other_bytes(
+    fault: Any, count: int, message: str, hub: LoopbackHub, publish: Publish, run: Path, repo: str
+) -> None:
+    repo = f"org/evaluated-{fault}"
+    assert publish(run, "--repo", repo).code == 0
+    hub.fail(fault, "GET /cdn/", count=count)
+    order = (f"hf-hub:{repo}", "--data", "digits")
+    done = publish(*order, program=EVALUATE)
+    assert (done.code, message in done.err) == (2, True), done
+    assert hub.cdn_url not in done.err
+    hub.faults.clear()
+    if fault == "corrupt":
+        assert publish(*order, program=EVALUATE).code == 2, "the bad file is in the cache"
+        Path(done.err.split("cannot be loaded: ")[-1].removeprefix("error: ").split(" is not the ")[0]).unlink()
+    again = publish(*order, program=EVALUATE)
+    assert again.code == 0, again
 
 
 def test_a_dry_run_shows_every_file_and_touches_no_network(

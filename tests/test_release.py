@@ -40,6 +40,10 @@ def test_an_export_becomes_a_release_whose_weights_and_figures_are_its_own(run: 
     figures = ("images", "correct1", "correct5", "top1", "top5", "nll", "ece")
     assert {name: getattr(entry.metrics, name) for name in figures} == {name: metrics[name] for name in figures}
     assert (entry.metrics.dataset, entry.metrics.split, entry.label_set) == ("digits", "test", "digits")
+    settings = entry.metrics.evaluation
+    assert (settings["crop_mode"], settings["device"]) == ("center", "cpu")
+    assert settings["fingerprint"] == metrics["evaluation"]["fingerprint"]
+    assert entry.recipe == json.loads((run / "export" / "recipe.json").read_text())
     assert (entry.training.epochs, entry.training.hours, entry.training.hardware) == (2, 0.25, "a small machine")
     assert entry.input.size == (3, 16, 16)
 
@@ -48,12 +52,13 @@ def test_a_release_is_replaced_only_when_that_is_asked_for(run: Path, manifest: 
     main(ReleaseConfig(run, manifest=manifest))
     (first,) = releases(manifest)
     better = small_export(tmp_path / "better", seed=1)
-    with pytest.raises(ValueError, match="is released already"):
+    with pytest.raises(ValueError, match="is released already; --replace"):
         main(ReleaseConfig(better, manifest=manifest))
     assert releases(manifest) == (first,)
     main(ReleaseConfig(better, replace=True, manifest=manifest))
     (second,) = releases(manifest)
     assert second.sha256 != first.sha256
+    assert list((manifest.parent / "weights").iterdir()) == [second.file.path], "the weights replaced are gone"
 
 
 def test_what_is_no_export_or_lacks_its_training_time_is_refused(run: Path, manifest: Path, tmp_path: Path) -> None:

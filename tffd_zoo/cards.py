@@ -35,16 +35,36 @@ class Dataset(NamedTuple):
     name: str
     hub_id: str | None
     """Its id on the Hub; None for one that lies elsewhere."""
+    classes: int | None = None
+    usual_epochs: int | None = None
+    """Length of the runs that the literature's figures are from."""
 
 
 DATASETS = {
-    "c100": Dataset("CIFAR-100", "uoft-cs/cifar100"),
-    "in1k": Dataset("ImageNet-1k", "ILSVRC/imagenet-1k"),
-    "digits": Dataset("scikit-learn's handwritten digits", None),
+    "c100": Dataset("CIFAR-100", "uoft-cs/cifar100", 100, 240),
+    "in1k": Dataset("ImageNet-1k", "ILSVRC/imagenet-1k", 1000, 100),
+    "digits": Dataset("scikit-learn's handwritten digits", None, 10),
 }
 """Data sets by the last part of a tag: `c100` of `ce_c100`."""
 
 
+def find_dataset(recipe: Mapping[str, Any], tag: str, classes: int) -> Dataset:
+    """The data set of a run: the one that its source names; that of the tag only where the source was a local path.
+
+    A preset keeps its tag whatever `--data` it is given, so that a tag alone proves nothing, and a folder with another
+    number of classes is not what the tag says.
+    """
+    source = str(recipe.get("data", {}).get("source", "its data set"))
+    by_source = {dataset.hub_id or key: dataset for key, dataset in DATASETS.items()}
+    if source in by_source:
+        return by_source[source]
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        return Dataset(source, source, classes)
+    by_tag = DATASETS.get(tag.split("_")[-1])
+    return by_tag if by_tag and by_tag.classes == classes else Dataset(source, None, classes)
+
+
+CHOSEN_ON_ITS_TEST = "The best epoch was chosen on the very images that the figures are from, which flatters them."
 OTHER_METHODS = {
     "byot": "the self-distillation of BYOT",
     "cs_kd": "the class-wise self-distillation of CS-KD",
@@ -88,10 +108,7 @@ class CardInfo:
 
     @property
     def dataset(self) -> Dataset:
-        """The data set, by the tag; what the recipe calls it where the tag is no known one."""
-        source = str(self.recipe.get("data", {}).get("source", "its data set"))
-        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
-        return DATASETS.get(self.tag.split("_")[-1], Dataset(source, source if on_hub else None))
+        return find_dataset(self.recipe, self.tag, self.config["num_classes"])
 
 
 def render_card(info: CardInfo) -> str:
@@ -131,7 +148,7 @@ def render_results(entries: Sequence[Release]) -> str:
         [
             f"`{entry.name}`",
             _short_method(entry.recipe),
-            f"{entry.metrics.dataset}, {entry.metrics.split}",
+            f"{entry.metrics.dataset}, {entry.metrics.split}{_held_out(entry.metrics.evaluation)}",
             str(entry.input.size[-1]),
             f"{entry.metrics.top1:.2f}",
             f"{entry.metrics.top5:.2f}",
@@ -146,6 +163,8 @@ def render_results(entries: Sequence[Release]) -> str:
     by_name = {entry.name: entry for entry in entries}
     lines = [f"trained on: {hardware}" for hardware in sorted({entry.training.hardware for entry in entries})]
     for entry in entries:
+        if _chosen_on_its_test(entry.recipe, entry.metrics.split, entry.metrics.evaluation):
+            lines.append(f"`{entry.name}`: {CHOSEN_ON_ITS_TEST}")
         twin = by_name.get(f"{entry.architecture}.ce_{entry.tag}")
         if twin is not None:
             lines.append(f"`{entry.name}`: {_comparison(_twin_of(entry), _twin_of(twin))}")
@@ -257,7 +276,9 @@ def _loading(info: CardInfo) -> str:
         'print(model.pretrained_cfg["label_names"][logits.argmax().item()])',
     ]
     note = f"This is timm's own `{info.config['architecture']}`; nothing but timm is needed.\n\n" if plain_timm else ""
-    return note + "```python\n" + "\n".join(lines) + "\n```"
+    check = f"`hf cache verify {info.repo}`" if info.repo else "`sha256sum -c SHA256SUMS`"
+    hashes = f"timm compares no hashes here: {check} does, and `python -m tffd_zoo.eval` goes by `SHA256SUMS`."
+    return note + "```python\n" + "\n".join(lines) + f"\n```\n\n{hashes}"
 
 
 def _results(info: CardInfo) -> str:
@@ -341,7 +362,9 @@ def _training(info: CardInfo) -> str:
         f"seed {run['seed']}, one run; precision {run['precision'] if run['precision'] != 'no' else 'float32'}",
     ]
     if environment.get("hardware"):
-        lines.append(f"hardware: {environment['hardware']}")
+        hours = environment.get("hours")
+        took = f", {hours:.2g} hours (wall-clock, with whatever else ran there)" if hours else ""
+        lines.append(f"hardware: {environment['hardware']}{took}")
     if environment.get("packages"):
         lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in environment["packages"].items()))
     return _bullets(lines) + "\n\n`recipe.json` holds every setting."
@@ -373,9 +396,16 @@ def _evaluation(info: CardInfo) -> str:
 
 
 def _limits(info: CardInfo) -> str:
+    evaluation = {**info.metrics["evaluation"], "weights": info.metrics.get("weights", "last")}
     lines = ["One run with one seed: no mean, no spread, no significance."]
-    if _chosen_on_its_test(info):
-        lines.append("The best epoch was chosen on the very images that the figures are from, which flatters them.")
+    if _chosen_on_its_test(info.recipe, evaluation["split"], evaluation):
+        lines.append(CHOSEN_ON_ITS_TEST)
+    trained, usual = _trained_epochs(info.recipe, info.metrics), info.dataset.usual_epochs
+    if usual and trained < usual:
+        lines.append(
+            f"What a full schedule gives: this was a run of {trained:.3g} epochs, where the literature's figures on "
+            f"{info.dataset.name} are mostly from {usual}, and they are not to be compared."
+        )
     lines += [
         f"Nothing outside {info.dataset.name}: no other images, no shift, no corruption, no transfer to other tasks.",
         "No check of how errors fall on groups of people or kinds of images.",
@@ -383,13 +413,17 @@ def _limits(info: CardInfo) -> str:
     return _bullets(lines)
 
 
-def _chosen_on_its_test(info: CardInfo) -> bool:
+def _held_out(evaluation: Mapping[str, Any]) -> str:
+    return " (images held out)" if evaluation.get("held_out") else ""
+
+
+def _chosen_on_its_test(recipe: Mapping[str, Any], split: str, evaluation: Mapping[str, Any]) -> bool:
     """Whether the figures are from the images by which the epoch was chosen."""
-    data, evaluation = info.recipe["data"], info.metrics["evaluation"]
+    data = recipe["data"]
     chosen_on = data["train_split"] if data["holdout"] else data["eval_split"]
     return (
-        info.metrics.get("weights", "last").startswith("best")
-        and evaluation["split"] == chosen_on
+        evaluation.get("weights", "last").startswith("best")
+        and split == chosen_on
         and evaluation.get("held_out", 0) == data["holdout"]
     )
 

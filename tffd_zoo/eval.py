@@ -21,9 +21,12 @@ import torch
 import tyro
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
 from timm.models import is_model, parse_model_name, split_model_name_tag
+from timm.models._hub import hf_split
 from torch import nn
 
 from . import models  # noqa: F401 (registers the zoo's architectures with timm)
@@ -32,7 +35,8 @@ from .cards import markdown_table
 from .cli import run_cli
 from .data import ImageSource, ImageSpec, Loader, eval_loader, open_source
 from .evaluation import evaluate, evaluation_record
-from .export import SUMS, verify_export
+from .export import CONFIG, SUMS, WEIGHTS, file_sha256, read_sums, verify_export
+from .models.weights import reason_of
 
 _logger = logging.getLogger(__name__)
 
@@ -171,7 +175,7 @@ def check_model_name(name: str) -> None:
 def load_model(name: str) -> nn.Module:
     """Load a registered name, `hf-hub:org/name[@revision]` or `local-dir:FOLDER` with its weights.
 
-    An export is checked against its hashes first.
+    An export is checked against its hashes first, on the Hub too.
 
     Raises:
         ValueError: it cannot be had; says why.
@@ -181,9 +185,41 @@ def load_model(name: str) -> nn.Module:
     if source == "local-dir" and (Path(model_id) / SUMS).exists():
         verify_export(model_id)
     try:
+        if source == "hf-hub":
+            _verify_download(model_id)
         return timm.create_model(name, pretrained=True)
-    except (RuntimeError, OSError, SafetensorError) as error:  # how timm, the Hub's client and safetensors refuse
+    except (RuntimeError, SafetensorError) as error:  # how timm, torch and safetensors refuse
         raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+    except Exception as error:  # the Hub client's own errors and those of its HTTP library have no common base
+        if source == "hf-hub":
+            raise ValueError(f"{name} cannot be loaded: {reason_of(error)}") from error
+        if isinstance(error, OSError):
+            raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise
+
+
+def _verify_download(model_id: str) -> None:
+    """Compare an export on the Hub with its `SHA256SUMS`: neither timm nor the Hub's client looks at the bytes.
+
+    What was not exported by this package, or is in the cache without its sums, is left to timm.
+
+    Raises:
+        ValueError: a file that timm would load is another one.
+    """
+    repo, revision = hf_split(model_id)
+    config = Path(hf_hub_download(repo, CONFIG, revision=revision))
+    if "tffd_zoo" not in json.loads(config.read_text()):
+        return
+    try:
+        sums = read_sums(Path(hf_hub_download(repo, SUMS, revision=revision)).parent)
+    except EntryNotFoundError:
+        return
+    for path in (config, Path(hf_hub_download(repo, WEIGHTS, revision=revision))):
+        if file_sha256(path) != sums.get(path.name):
+            raise ValueError(
+                f"{path.resolve()} is not the {path.name} that {SUMS} lists; delete that file and try again, and if "
+                "this comes back, do not use the repository"
+            )
 
 
 def check_labels(name: str, model: nn.Module, source: ImageSource) -> None:

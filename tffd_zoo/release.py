@@ -16,13 +16,15 @@ from typing import Annotated
 
 import tyro
 
-from .cards import DATASETS
+from .cards import find_dataset
 from .cli import run_cli
 from .export import ENVIRONMENT, SUMS, WEIGHTS, ExportInfo, verify_export
 from .models import HubFile, Input, Metrics, Release, Training, WheelFile, add_release, releases
 from .models.manifest import MANIFEST
 
 FIGURES = ("images", "correct1", "correct5", "top1", "top5", "nll", "ece")
+TOLD_ELSEWHERE = {"data", "split", "input_size", "mean", "std", "interpolation", "crop_pct"}
+"""Settings of an evaluation that an entry has under names of its own."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,9 @@ def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None 
     hours = hours or environment.get("hours")
     if not hours:
         raise ValueError(f"{info.folder}: {ENVIRONMENT} does not say how long the training took; pass --hours")
-    dataset = DATASETS.get(info.tag.split("_")[-1])
-    hub_id = dataset.hub_id if dataset else None
     evaluation, preprocessing = info.metrics["evaluation"], info.config["pretrained_cfg"]
     label_names = tuple(info.config["label_names"])
+    hub_id = find_dataset(info.recipe, info.tag, len(label_names)).hub_id
     return Release(
         architecture=info.architecture,
         tag=info.tag,
@@ -103,6 +104,10 @@ def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None 
             dataset=hub_id or evaluation["data"],
             split=evaluation["split"],
             **{name: info.metrics[name] for name in FIGURES},
+            evaluation={
+                **{name: info.metrics[name] for name in ("weights",) if name in info.metrics},
+                **{name: value for name, value in evaluation.items() if name not in TOLD_ELSEWHERE},
+            },
         ),
         training=Training(
             epochs=info.metrics.get("epoch", info.recipe["optim"]["epochs"]),

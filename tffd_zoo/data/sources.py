@@ -412,6 +412,8 @@ def _download_split(
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
+    from ..models.weights import reason_of
+
     try:
         # The README settles which commit is read, before any file is listed; with no Hub, the newest one in the cache.
         snapshot = snapshot_download(data, repo_type="dataset", revision=revision, allow_patterns="README.md")
@@ -451,6 +453,12 @@ def _download_split(
         raise ValueError(
             f"{data} is no folder, and on the Hub it is gated, private or missing. Log in with `hf auth login` and\n"
             f"accept the terms at {constants.ENDPOINT}/datasets/{data}, or give a copy on disk with --data FOLDER"
+        ) from error
+    except ValueError:
+        raise
+    except Exception as error:  # the client's own errors and those of its HTTP library have no common base
+        raise OSError(
+            f"{data} cannot be downloaded: {reason_of(error)}; check the connection and run the same command again"
         ) from error
 
 

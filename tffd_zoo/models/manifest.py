@@ -10,11 +10,12 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs
 from torch import Tensor
@@ -46,7 +47,7 @@ class WheelFile:
 
     def mend(self) -> str:
         """What to do when it is not the file that was released."""
-        return "Reinstall the package: pip install --force-reinstall tffd_zoo"
+        return "Reinstall the package from where it came: pip install --force-reinstall --no-deps CLONE-OR-WHEEL"
 
     def pretrained_cfg(self) -> dict[str, str]:
         """The fields of timm's pretrained cfg that name this source."""
@@ -76,7 +77,7 @@ class HubFile:
     def mend(self) -> str:
         """What to do when it is not the file that was released."""
         return (
-            f"Delete that file and load again; if this comes back, https://huggingface.co/{self.repo} does not serve "
+            f"Delete that file and load again; if this comes back, {constants.ENDPOINT}/{self.repo} does not serve "
             "what was released: do not use it, and report it"
         )
 
@@ -130,6 +131,9 @@ class Metrics:
     """Mean negative log-likelihood, nats."""
     ece: float
     """Expected calibration error in 15 bins, percent."""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """What else the figures depend on: which weights of the run (`weights`, `held_out`), `precision`, `device` and
+    versions, `revision` and `fingerprint` of the data. The preprocessing is the entry's `input`."""
 
     def __post_init__(self) -> None:
         _require(
@@ -182,7 +186,8 @@ class Release:
     license: str
     """SPDX identifier, lower case."""
     recipe: Mapping[str, Any]
-    """The resolved recipe of the run."""
+    """The resolved recipe of the run, as exported: `recipe_sha256` in the weights' metadata is its hash. Data that it
+    read from a local folder go by the folder's name; `metrics.dataset` says which data set that is."""
     metrics: Metrics
     training: Training
 
@@ -327,7 +332,7 @@ def add_release(new: Release, *, replaces: bool = False, manifest: Path | None =
     others = [entry for entry in releases(manifest) if entry.name != new.name]
     replaced = [entry for entry in releases(manifest) if entry.name == new.name]
     if replaced and not replaces:
-        raise ValueError(f"{new.name} is released already: pass replaces=True to put this one in its place")
+        raise ValueError(f"{new.name} is released already; --replace (replaces=True) puts this one in its place")
     for entry in others:
         if entry.label_set == new.label_set and entry.label_names != new.label_names:
             raise ValueError(f"{entry.name} has other class names under {new.label_set!r}: give these another name")
@@ -414,7 +419,8 @@ def _build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 def _require_fields(cls: type, values: Mapping[str, Any]) -> None:
     names = {field.name for field in fields(cls)}
-    if missing := names - values.keys():
+    needed = {field.name for field in fields(cls) if field.default is field.default_factory is MISSING}
+    if missing := needed - values.keys():
         raise ValueError(f"{cls.__name__} lacks {', '.join(sorted(missing))}")
     if unknown := values.keys() - names:
         raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(names))}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import safetensors.torch
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from .._version import __version__
@@ -31,8 +32,9 @@ def download(repo: str, commit: str, filename: str, cache_dir: Path | str | None
             if offline
             else "Check the connection and that you may read the repository, or set HF_HUB_OFFLINE=1 where it is cached"
         )
+        endpoint = huggingface_hub.constants.ENDPOINT
         raise OSError(
-            f"cannot fetch {filename} from https://huggingface.co/{repo} at {commit}: {_first_line(error)} {mend}"
+            f"cannot fetch {filename} from {endpoint}/{repo} at {commit}: {reason_of(error)}. {mend}"
         ) from error
     return Path(path).resolve()
 
@@ -52,14 +54,19 @@ def read_verified(path: Path, size: int, sha256: str, mend: str) -> dict[str, Te
     except FileNotFoundError:
         raise FileNotFoundError(f"the weights {path} are missing. {mend}") from None
     if len(data) != size:
-        came = f"{path.stat().st_size:,} bytes where {size:,} were released"
+        came = f"{path.stat().st_size:,} bytes where {size:,} were released (sha256 {sha256})"
     elif (digest := hashlib.sha256(data).hexdigest()) != sha256:
-        came = f"sha256 {digest}"
+        came = f"sha256 {digest} where {sha256} was released"
     else:
         return safetensors.torch.load(data)
-    raise ValueError(f"{path} is not the released file: it has {came} (sha256 {sha256}). It was not loaded. {mend}")
+    raise ValueError(f"{path} is not the released file: it has {came}. It was not loaded. {mend}")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def reason_of(error: BaseException) -> str:
+    """The first line of an error and of what caused it; of a refused request, what the server said, not its address."""
+    if isinstance(error, HfHubHTTPError):
+        said = error.server_message or type(error).__name__
+        return f"{error.response.status_code} {said.splitlines()[0].rstrip('.')}"
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    cause = reason_of(error.__cause__) if error.__cause__ else line
+    return line if cause == line else f"{line}: {cause}"
