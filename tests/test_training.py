@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from test_atomic import disk_that_takes
 
+from tffd_zoo.cli import guard
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, differences, recipe_from_cli, vary
 from tffd_zoo.tasks import CANONICAL
 from tffd_zoo.training import NonFiniteLoss, RunFolder, read_metrics, train
@@ -150,6 +153,28 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(
     assert_same_run(tmp_path, uninterrupted)
 
 
+def test_a_disk_that_takes_no_whole_checkpoint_is_told_in_one_line(tmp_path: Path) -> None:
+    # half a file of weights, where safetensors and torch give errors of their own kinds
+    for limit, file in ((500_000, "safetensors"), (1_150_000, "optimizer")):
+        run = tmp_path / file
+        with (
+            disk_that_takes(limit),
+            pytest.raises(
+                OSError, match=r"step-00000005 cannot be written .* is the disk full\? Free some space: the same"
+            ),
+        ):
+            train(recipe(run, optim={"opt": "adam"}))
+        assert not any((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("limit", [1_000])
+def test_a_full_disk_is_an_error_with_a_mend(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with disk_that_takes(limit), pytest.raises(SystemExit) as left:
+        guard(lambda: (tmp_path / "file").write_bytes(bytes(2 * limit)))
+    assert left.value.code == 2
+    assert "File too large; free some space and run the same command again" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_not_trained_again(uninterrupted: Path) -> None:
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     train(recipe(uninterrupted, **STATEFUL))
@@ -163,9 +188,29 @@ def test_old_checkpoints_make_way(uninterrupted: Path) -> None:
 def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path) -> None:
     train(recipe(tmp_path, run={"max_steps": 6}))
     newest = tmp_path / "checkpoints" / "step-00000006"
-    weights = newest / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"step-00000006 cannot be read .*; delete that folder to resume"):
+    files = sorted(newest.iterdir())
+    assert {"checkpoint.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"} <= {f.name for f in files}
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=r"step-00000006 cannot be read \([^\n]*\); delete that folder to resume"):
+            train(recipe(tmp_path))
+        file.write_bytes(whole)
+    (newest / "random_states_0.pkl").unlink()
+    with pytest.raises(ValueError, match="step-00000006 cannot be read"):
+        train(recipe(tmp_path))
+
+
+def test_a_checkpoint_of_another_recipe_or_number_of_processes_is_named(tmp_path: Path) -> None:
+    train(recipe(tmp_path, run={"max_steps": 1}))
+    about = tmp_path / "checkpoints" / "step-00000001" / "checkpoint.json"
+    record = json.loads(about.read_text())
+    assert record["step"] == 1
+    about.write_text(json.dumps({**record, "processes": 2}))
+    with pytest.raises(ValueError, match=r"of a run on 2 process\(es\), and this one has 1; start 2, or pass --output"):
+        train(recipe(tmp_path))
+    about.write_text(json.dumps({**record, "recipe": {**record["recipe"], "model": "tffd_resnet32"}}))
+    with pytest.raises(ValueError, match=r"another recipe \(model: tffd_resnet32 there, tffd_resnet20 here\); delete"):
         train(recipe(tmp_path))
 
 
