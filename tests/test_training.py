@@ -214,6 +214,17 @@ def test_a_checkpoint_of_another_recipe_or_number_of_processes_is_named(tmp_path
         train(recipe(tmp_path))
 
 
+def test_a_batch_of_one_image_is_refused_before_it_comes_up_where_it_cannot_be_normalised(tmp_path: Path) -> None:
+    # 1,437 training images: the last batch of 4 is one image. At 32 px the deepest maps of ResNet-18 are one pixel.
+    changes: dict[str, Any] = {"model": "resnet18", "data": {"image_size": 32}, "run": {"max_steps": 1}}
+    with pytest.raises(ValueError, match=r"cannot train on a batch of one image .*; use --drop-last or another --b"):
+        train(recipe(tmp_path / "last", optim={"batch_size": 4}, **changes))
+    with pytest.raises(ValueError, match=r"cannot train on a batch of one image .*; use another --batch-size"):
+        train(recipe(tmp_path / "all", optim={"batch_size": 1}, **changes))
+    assert not any(tmp_path.iterdir())
+    train(recipe(tmp_path / "fine", optim={"batch_size": 1}, run={"max_steps": 2}))
+
+
 def test_a_run_of_another_recipe_is_not_resumed(tmp_path: Path) -> None:
     train(recipe(tmp_path, run={"max_steps": 1}))
     with pytest.raises(ValueError, match=r"another recipe \(optim\.lr: 0\.05 there, 0\.1 here\); pass --output"):

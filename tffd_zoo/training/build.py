@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +121,23 @@ def make_loaders(
         **shared,
     )
     return Loaders(train_batches, eval_loader(eval_source, spec, max(batch_size, 250), **shared))
+
+
+def check_batch_of_one(recipe: Recipe, model: nn.Module, spec: ImageSpec, batches: Loader) -> None:
+    """Refuse a batch of one image before it comes up where it leaves a BatchNorm one value per channel.
+
+    Raises:
+        ValueError: names the mend.
+    """
+    if batches.smallest_batch > 1 or recipe.run.sync_bn:
+        return
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial(torch.zeros(1, *spec.input_size))
+    except ValueError as error:
+        mend = "another --batch-size" if recipe.optim.batch_size == 1 else "--drop-last or another --batch-size"
+        raise ValueError(f"{recipe.model} cannot train on a batch of one image ({error}); use {mend}") from error
 
 
 def make_mixup(recipe: Recipe, source: ImageSource, processes: int) -> Mixup | None:

@@ -29,7 +29,7 @@ from ..eval import check_architecture
 from ..evaluation import EvalResult, evaluate
 from ..export import export_run
 from ..recipe import OptimConfig, Recipe
-from .build import image_spec, make_loaders, make_mixup, make_task, memory_format, open_sources
+from .build import check_batch_of_one, image_spec, make_loaders, make_mixup, make_task, memory_format, open_sources
 from .curves import draw_curves
 from .progress import Progress, StopSignal, TermSums
 from .run_folder import RunFolder
@@ -66,6 +66,7 @@ def train(recipe: Recipe) -> Path:
     layout = memory_format(recipe, accelerator.device)
     spec = image_spec(recipe, model)
     train_batches, eval_batches = make_loaders(recipe, spec, train_source, eval_source, layout, accelerator)
+    check_batch_of_one(recipe, model, spec, train_batches)
     mixup = make_mixup(recipe, train_source, accelerator.num_processes)
     task = make_task(recipe, model, spec, train_source, len(train_batches)).to(memory_format=layout)
     if run.sync_bn and accelerator.num_processes > 1:
