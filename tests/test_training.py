@@ -294,6 +294,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_pat
     )
 
 
+def test_weights_that_diverge_in_the_last_step_of_an_epoch_are_told_with_the_step(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss, match=r"loss 'nll' of the evaluation was not finite after step [12]; the check"):
+        train(recipe(tmp_path, optim={"batch_size": 1437, "lr": 1e19, "epochs": 4}))
+    assert all(torch.isfinite(value).all() for f in tmp_path.glob("weights/*") for value in load_file(f).values())
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.tracking
+
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
+    with pytest.raises(ValueError, match="tracker wandb is not installed; install it, or leave --trackers out"):
+        train(recipe(tmp_path, run={"trackers": ("wandb",)}))
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_export_of_a_run_loads_with_timm_and_gives_its_recorded_figures(uninterrupted: Path) -> None:
     model = timm.create_model(f"local-dir:{uninterrupted / 'export'}", pretrained=True)
     weights = last_weights(uninterrupted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,21 @@ from ..tasks import (
     TfFDTask,
     TfKD,
 )
+
+
+def check_trackers(names: Sequence[str], accelerator: Accelerator) -> None:
+    """Refuse trackers that are not installed: accelerate would leave them out and say nothing.
+
+    Raises:
+        ValueError: names them.
+    """
+    found = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    missing = [name for name in names if name not in found and name != "all"]
+    if missing:
+        raise ValueError(
+            f"tracker {', '.join(missing)} is not installed; install it, or leave --trackers out: metrics.jsonl in the "
+            "folder of the run has every figure"
+        )
 
 
 def open_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
