@@ -376,6 +376,8 @@ def _limits(info: CardInfo) -> str:
     lines = ["One run with one seed: no mean, no spread, no significance."]
     if _chosen_on_its_test(info):
         lines.append("The best epoch was chosen on the very images that the figures are from, which flatters them.")
+    if _trained_on_its_test(info):
+        lines.append("The figures are from images that it was trained on: they say nothing about new ones.")
     lines += [
         f"Nothing outside {info.dataset.name}: no other images, no shift, no corruption, no transfer to other tasks.",
         "No check of how errors fall on groups of people or kinds of images.",
@@ -392,6 +394,12 @@ def _chosen_on_its_test(info: CardInfo) -> bool:
         and evaluation["split"] == chosen_on
         and evaluation.get("held_out", 0) == data["holdout"]
     )
+
+
+def _trained_on_its_test(info: CardInfo) -> bool:
+    """Whether the figures are from the images of the training."""
+    evaluation = info.metrics["evaluation"]
+    return evaluation["split"] == info.recipe["data"]["train_split"] and not evaluation.get("held_out", 0)
 
 
 def _licence(info: CardInfo) -> str:

@@ -201,7 +201,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _first_line(error: Exception) -> str:
     """An error in one line, cut after its first sentence: torch explains at length."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].partition('. ')[0]}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].partition('. ')[0].strip()}"
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
