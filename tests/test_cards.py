@@ -240,6 +240,13 @@ def test_a_best_epoch_chosen_on_its_own_test_is_said_to_flatter() -> None:
     assert flatters not in render_card(card_info())
 
 
+def test_figures_from_the_images_of_the_training_are_said_to_be() -> None:
+    says = "The figures are from images that it was trained on"
+    assert says in section(best(vary(TFFD, "same", data={"train_split": "test"})), "What was not shown")
+    assert says not in best(TFFD)
+    assert says not in best(vary(TFFD, "holdout", data={"holdout": 5_000}), split="train", held_out=5_000)
+
+
 def test_held_out_images_are_called_that_and_no_command_promises_to_repeat_them() -> None:
     evaluation = section(
         best(vary(TFFD, "h", data={"holdout": 5_000}), split="train", held_out=5_000), "How it was evaluated"

@@ -123,8 +123,14 @@ class TestParquet:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"label_column": "species"}, "has no column species; it has img, fine_label, coarse_label"),
-            ({"image_column": "image"}, "has no column image; it has img, fine_label, coarse_label"),
+            (
+                {"label_column": "species"},
+                "has no column species; name one that it has with --label-column: img, fine_label, coarse_label",
+            ),
+            (
+                {"image_column": "image"},
+                "has no column image; name one that it has with --image-column: img, fine_label, coarse_label",
+            ),
             ({"image_column": "fine_label"}, "column fine_label of .* not images .* --image-column: img"),
             ({"label_column": "img"}, "column img of .* not classes .* --label-column: fine_label, coarse_label"),
         ],
@@ -348,7 +354,7 @@ def test_of_a_hub_data_set_one_split_is_downloaded_at_one_commit_and_found_again
             f"2 {commit} [0, 1] (8, 8)",
             "org/birds in the local cache has no split train; it has test",
             "org/gone is neither a folder nor in the local cache, and HF_HUB_OFFLINE is set. | "
-            "Give a folder with --data FOLDER, or run once where the Hub can be reached.",
+            "Give a folder with --data FOLDER, or go online once (gated data want `hf auth login` first).",
         ], done.stderr
         assert len(hub.requests()) == before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from test_atomic import disk_that_takes
 
+from tffd_zoo.cli import guard
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, differences, recipe_from_cli, vary
 from tffd_zoo.tasks import CANONICAL
 from tffd_zoo.training import NonFiniteLoss, RunFolder, read_metrics, train
@@ -150,6 +153,28 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(
     assert_same_run(tmp_path, uninterrupted)
 
 
+def test_a_disk_that_takes_no_whole_checkpoint_is_told_in_one_line(tmp_path: Path) -> None:
+    # half a file of weights, where safetensors and torch give errors of their own kinds
+    for limit, file in ((500_000, "safetensors"), (1_150_000, "optimizer")):
+        run = tmp_path / file
+        with (
+            disk_that_takes(limit),
+            pytest.raises(
+                OSError, match=r"step-00000005 cannot be written .* is the disk full\? Free some space: the same"
+            ),
+        ):
+            train(recipe(run, optim={"opt": "adam"}))
+        assert not any((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("limit", [1_000])
+def test_a_full_disk_is_an_error_with_a_mend(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with disk_that_takes(limit), pytest.raises(SystemExit) as left:
+        guard(lambda: (tmp_path / "file").write_bytes(bytes(2 * limit)))
+    assert left.value.code == 2
+    assert "File too large; free some space and run the same command again" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_not_trained_again(uninterrupted: Path) -> None:
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     train(recipe(uninterrupted, **STATEFUL))
@@ -163,10 +188,41 @@ def test_old_checkpoints_make_way(uninterrupted: Path) -> None:
 def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path: Path) -> None:
     train(recipe(tmp_path, run={"max_steps": 6}))
     newest = tmp_path / "checkpoints" / "step-00000006"
-    weights = newest / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"step-00000006 cannot be read .*; delete that folder to resume"):
+    files = sorted(newest.iterdir())
+    assert {"checkpoint.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"} <= {f.name for f in files}
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=r"step-00000006 cannot be read \([^\n]*\); delete that folder to resume"):
+            train(recipe(tmp_path))
+        file.write_bytes(whole)
+    (newest / "random_states_0.pkl").unlink()
+    with pytest.raises(ValueError, match="step-00000006 cannot be read"):
         train(recipe(tmp_path))
+
+
+def test_a_checkpoint_of_another_recipe_or_number_of_processes_is_named(tmp_path: Path) -> None:
+    train(recipe(tmp_path, run={"max_steps": 1}))
+    about = tmp_path / "checkpoints" / "step-00000001" / "checkpoint.json"
+    record = json.loads(about.read_text())
+    assert record["step"] == 1
+    about.write_text(json.dumps({**record, "processes": 2}))
+    with pytest.raises(ValueError, match=r"of a run on 2 process\(es\), and this one has 1; start 2, or pass --output"):
+        train(recipe(tmp_path))
+    about.write_text(json.dumps({**record, "recipe": {**record["recipe"], "model": "tffd_resnet32"}}))
+    with pytest.raises(ValueError, match=r"another recipe \(model: tffd_resnet32 there, tffd_resnet20 here\); delete"):
+        train(recipe(tmp_path))
+
+
+def test_a_batch_of_one_image_is_refused_before_it_comes_up_where_it_cannot_be_normalised(tmp_path: Path) -> None:
+    # 1,437 training images: the last batch of 4 is one image. At 32 px the deepest maps of ResNet-18 are one pixel.
+    changes: dict[str, Any] = {"model": "resnet18", "data": {"image_size": 32}, "run": {"max_steps": 1}}
+    with pytest.raises(ValueError, match=r"cannot train on a batch of one image .*; use --drop-last or another --b"):
+        train(recipe(tmp_path / "last", optim={"batch_size": 4}, **changes))
+    with pytest.raises(ValueError, match=r"cannot train on a batch of one image .*; use another --batch-size"):
+        train(recipe(tmp_path / "all", optim={"batch_size": 1}, **changes))
+    assert not any(tmp_path.iterdir())
+    train(recipe(tmp_path / "fine", optim={"batch_size": 1}, run={"max_steps": 2}))
 
 
 def test_a_run_of_another_recipe_is_not_resumed(tmp_path: Path) -> None:
@@ -236,6 +292,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_pat
         for path in (tmp_path / "checkpoints").glob("step-*/model.safetensors")
         for tensor in load_file(path).values()
     )
+
+
+def test_weights_that_diverge_in_the_last_step_of_an_epoch_are_told_with_the_step(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss, match=r"loss 'nll' of the evaluation was not finite after step [12]; the check"):
+        train(recipe(tmp_path, optim={"batch_size": 1437, "lr": 1e19, "epochs": 4}))
+    assert all(torch.isfinite(value).all() for f in tmp_path.glob("weights/*") for value in load_file(f).values())
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.tracking
+
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
+    with pytest.raises(ValueError, match="tracker wandb is not installed; install it, or leave --trackers out"):
+        train(recipe(tmp_path, run={"trackers": ("wandb",)}))
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_export_of_a_run_loads_with_timm_and_gives_its_recorded_figures(uninterrupted: Path) -> None:

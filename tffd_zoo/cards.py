@@ -406,6 +406,8 @@ def _limits(info: CardInfo) -> str:
             f"What a full schedule gives: this was a run of {trained:.3g} epochs, where the literature's figures on "
             f"{info.dataset.name} are mostly from {usual}, and they are not to be compared."
         )
+    if _trained_on_its_test(info):
+        lines.append("The figures are from images that it was trained on: they say nothing about new ones.")
     lines += [
         f"Nothing outside {info.dataset.name}: no other images, no shift, no corruption, no transfer to other tasks.",
         "No check of how errors fall on groups of people or kinds of images.",
@@ -426,6 +428,12 @@ def _chosen_on_its_test(recipe: Mapping[str, Any], split: str, evaluation: Mappi
         and split == chosen_on
         and evaluation.get("held_out", 0) == data["holdout"]
     )
+
+
+def _trained_on_its_test(info: CardInfo) -> bool:
+    """Whether the figures are from the images of the training."""
+    evaluation = info.metrics["evaluation"]
+    return evaluation["split"] == info.recipe["data"]["train_split"] and not evaluation.get("held_out", 0)
 
 
 def _licence(info: CardInfo) -> str:

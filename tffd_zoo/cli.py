@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -28,7 +29,9 @@ def guard(action: Callable[[], object]) -> None:
     try:
         action()
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        mend = "; free some space and run the same command again: nothing that was finished is lost" if full else ""
+        print(f"error: {error}{mend}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

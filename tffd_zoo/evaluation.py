@@ -51,6 +51,10 @@ class EvalResult:
     """images / seconds."""
 
 
+class NonFiniteLogits(ValueError):
+    """A model's logits are NaN or infinite."""
+
+
 class CalibrationEvaluator(ClassificationEvaluator):
     r"""timm's evaluator with the calibration error beside top-1, top-5 and loss.
 
@@ -106,7 +110,8 @@ def evaluate(
         memory_format: layout of the images; give the one that the model has.
 
     Raises:
-        ValueError: `loader` is empty, or the logits are not finite.
+        ValueError: `loader` is empty.
+        NonFiniteLogits: the logits are not finite.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module  # its forward synchronises buffers, which would hang when the shares differ in size
@@ -131,7 +136,9 @@ def evaluate(
         raise ValueError("there is nothing to evaluate: the loader gave no image")
     metrics = evaluator.summary()
     if not math.isfinite(metrics["loss"]):
-        raise ValueError("the model's logits are not finite, so it has no accuracy: its weights are broken or diverged")
+        raise NonFiniteLogits(
+            "the model's logits are not finite, so it has no accuracy: its weights are broken or diverged"
+        )
     return EvalResult(
         images=images_seen,
         correct1=correct1,

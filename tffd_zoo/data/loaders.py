@@ -107,6 +107,11 @@ class Loader:
         """Return the batches of this process per epoch; in training, the same on every rank."""
         return self._batches
 
+    @property
+    def smallest_batch(self) -> int:
+        """Images in the smallest batch of this process."""
+        return min(len(request.indices) for request in self._requests(0))
+
     def describe(self) -> str:
         """Say in one line where the images come from and how they are batched."""
         return self._description

@@ -447,7 +447,7 @@ def _download_split(
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         raise ValueError(
             f"{data} is neither a folder nor in the local cache, and {reason}.\n"
-            "Give a folder with --data FOLDER, or run once where the Hub can be reached."
+            "Give a folder with --data FOLDER, or go online once (gated data want `hf auth login` first)."
         ) from error
     except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
@@ -499,7 +499,9 @@ def _find_label_column(features: datasets.Features, wanted: str | None, data: st
 def _choose_column(kind: str, suitable: list[str], wanted: str | None, existing: list[str], data: str) -> str:
     if wanted is not None:
         if wanted not in existing:
-            raise ValueError(f"{data} has no column {wanted}; it has {', '.join(existing)}")
+            raise ValueError(
+                f"{data} has no column {wanted}; name one that it has with --{kind}-column: {', '.join(existing)}"
+            )
         return wanted
     if len(suitable) != 1:
         found = f"several {kind} columns" if suitable else f"no {kind} column"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,21 @@ from ..tasks import (
     TfFDTask,
     TfKD,
 )
+
+
+def check_trackers(names: Sequence[str], accelerator: Accelerator) -> None:
+    """Refuse trackers that are not installed: accelerate would leave them out and say nothing.
+
+    Raises:
+        ValueError: names them.
+    """
+    found = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    missing = [name for name in names if name not in found and name != "all"]
+    if missing:
+        raise ValueError(
+            f"tracker {', '.join(missing)} is not installed; install it, or leave --trackers out: metrics.jsonl in the "
+            "folder of the run has every figure"
+        )
 
 
 def open_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
@@ -120,6 +137,23 @@ def make_loaders(
         **shared,
     )
     return Loaders(train_batches, eval_loader(eval_source, spec, max(batch_size, 250), **shared))
+
+
+def check_batch_of_one(recipe: Recipe, model: nn.Module, spec: ImageSpec, batches: Loader) -> None:
+    """Refuse a batch of one image before it comes up where it leaves a BatchNorm one value per channel.
+
+    Raises:
+        ValueError: names the mend.
+    """
+    if batches.smallest_batch > 1 or recipe.run.sync_bn:
+        return
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial(torch.zeros(1, *spec.input_size))
+    except ValueError as error:
+        mend = "another --batch-size" if recipe.optim.batch_size == 1 else "--drop-last or another --batch-size"
+        raise ValueError(f"{recipe.model} cannot train on a batch of one image ({error}); use {mend}") from error
 
 
 def make_mixup(recipe: Recipe, source: ImageSource, processes: int) -> Mixup | None:

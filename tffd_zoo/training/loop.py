@@ -26,12 +26,21 @@ from tqdm import tqdm
 
 from ..data import Batch, Loader
 from ..eval import check_architecture
-from ..evaluation import EvalResult, evaluate
+from ..evaluation import EvalResult, NonFiniteLogits, evaluate
 from ..export import export_run
 from ..recipe import OptimConfig, Recipe
-from .build import image_spec, make_loaders, make_mixup, make_task, memory_format, open_sources
+from .build import (
+    check_batch_of_one,
+    check_trackers,
+    image_spec,
+    make_loaders,
+    make_mixup,
+    make_task,
+    memory_format,
+    open_sources,
+)
 from .curves import draw_curves
-from .progress import Progress, StopSignal, TermSums
+from .progress import NonFiniteLoss, Progress, StopSignal, TermSums
 from .run_folder import RunFolder
 
 _logger = logging.getLogger(__name__)
@@ -57,6 +66,7 @@ def train(recipe: Recipe) -> Path:
         # The task's buffers are equal on every process by construction; BatchNorm statistics are each process's own.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    check_trackers(run.trackers, accelerator)
     set_seed(run.seed)
 
     # --- data, model and task -----------------------------------------------------------------------------------------
@@ -66,6 +76,7 @@ def train(recipe: Recipe) -> Path:
     layout = memory_format(recipe, accelerator.device)
     spec = image_spec(recipe, model)
     train_batches, eval_batches = make_loaders(recipe, spec, train_source, eval_source, layout, accelerator)
+    check_batch_of_one(recipe, model, spec, train_batches)
     mixup = make_mixup(recipe, train_source, accelerator.num_processes)
     task = make_task(recipe, model, spec, train_source, len(train_batches)).to(memory_format=layout)
     if run.sync_bn and accelerator.num_processes > 1:
@@ -169,7 +180,13 @@ def train(recipe: Recipe) -> Path:
             sums.reset()
             line: dict[str, Any] = {"kind": "eval", "step": progress.step, "epoch": progress.fraction, "train": losses}
             for prefix, weights in {"": model, **({"ema_": ema.module} if ema is not None else {})}.items():
-                result = _evaluate(weights, eval_batches, accelerator, layout)
+                try:
+                    result = _evaluate(weights, eval_batches, accelerator, layout)
+                except NonFiniteLogits as error:
+                    raise NonFiniteLoss(
+                        f"loss '{prefix}nll' of the evaluation was not finite after step {progress.step}; the "
+                        "checkpoints are from before that: lower --lr, and pass --output with a new folder"
+                    ) from error
                 line |= {f"{prefix}{name}": value for name, value in dataclasses.asdict(result).items()}
                 folder.save_weights(weights, "last", ema=bool(prefix))
                 if result.top1 > progress.best.get(prefix, -1.0):

@@ -23,12 +23,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import save_file
+from accelerate.utils.constants import RNG_STATE_NAME
+from safetensors import SafetensorError
 from torch import nn
 
-from ..atomic import replacing_file, replacing_folder
+from ..atomic import replacing_file, replacing_folder, save_tensors
 from ..data import ImageSource, ImageSpec
 from ..recipe import Recipe, differences
+
+CHECKPOINT = "checkpoint.json"
+"""What a checkpoint is of: its step, recipe and number of processes."""
 
 
 class RunFolder:
@@ -99,10 +103,27 @@ class RunFolder:
         return max(self.checkpoints.glob("step-*"), default=None)
 
     def save_checkpoint(self, step: int) -> Path:
-        """Write a checkpoint aside, rename it, and drop the oldest; on every process."""
+        """Write a checkpoint aside, rename it, and drop the oldest; on every process.
+
+        Raises:
+            OSError: it cannot be written; those before it are as they were.
+        """
         folder = self.checkpoints / f"step-{step:08d}"
         with self._aside(folder) as aside:
-            self.accelerator.save_state(str(aside), safe_serialization=True)
+            try:
+                self.accelerator.save_state(str(aside), safe_serialization=True)
+                if self.accelerator.is_main_process:
+                    about = {"step": step, "processes": self.accelerator.num_processes, "recipe": self.recipe.to_dict()}
+                    write_json(aside / CHECKPOINT, about)
+            except (
+                OSError,
+                RuntimeError,
+                SafetensorError,
+            ) as error:  # of a full disk each library tells in its own way
+                raise OSError(
+                    f"the checkpoint {folder} cannot be written ({_first_line(error)}); is the disk full? Free some "
+                    "space: the same command resumes from the checkpoint before it"
+                ) from error
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             for old in sorted(self.checkpoints.glob("step-*"))[: -self.recipe.run.keep_checkpoints]:
@@ -119,14 +140,32 @@ class RunFolder:
             yield Path(broadcast_object_list([str(aside)])[0])
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Load a checkpoint into everything that the accelerator prepared or registered."""
+        """Load a checkpoint into everything that the accelerator prepared or registered.
+
+        Raises:
+            ValueError: it is damaged, of another recipe or of another number of processes.
+        """
+        delete = "delete that folder to resume from the one before it"
         try:
+            about = read_json(folder / CHECKPOINT) if (folder / CHECKPOINT).exists() else {}
+        except ValueError as error:
+            raise ValueError(f"the checkpoint {folder} cannot be read ({_first_line(error)}); {delete}") from error
+        if changed := differences(self.recipe.to_dict(), about.get("recipe", self.recipe.to_dict())):
+            raise ValueError(f"the checkpoint {folder} is of another recipe ({'; '.join(changed)}); {delete}")
+        mine = self.accelerator.num_processes
+        theirs = about.get("processes", mine)
+        if theirs != mine:
+            raise ValueError(
+                f"the checkpoint {folder} is of a run on {theirs} process(es), and this one has {mine}; start "
+                f"{theirs}, or pass --output with another folder"
+            )
+        try:
+            # accelerate goes on without the random states when they cannot be read, and the run would be another
+            states = folder / f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl"
+            torch.load(states, weights_only=False)
             self.accelerator.load_state(str(folder))
         except Exception as error:
-            raise ValueError(
-                f"the checkpoint {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                "delete that folder to resume from the one before it"
-            ) from error
+            raise ValueError(f"the checkpoint {folder} cannot be read ({_first_line(error)}); {delete}") from error
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -139,9 +178,8 @@ class RunFolder:
         if self.accelerator.is_main_process:
             path = self.weights(which, ema)
             path.parent.mkdir(exist_ok=True)
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
             with replacing_file(path) as aside:
-                save_file(tensors, aside, metadata={"format": "pt"})
+                save_tensors(model.state_dict(), aside)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -159,6 +197,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     with replacing_file(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _first_line(error: Exception) -> str:
+    """An error in one line, cut after its first sentence: torch explains at length."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].partition('. ')[0].strip()}"
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
