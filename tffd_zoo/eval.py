@@ -30,7 +30,7 @@ from . import models  # noqa: F401 (registers the zoo's architectures with timm)
 from .atomic import replacing_file
 from .cards import markdown_table
 from .cli import run_cli
-from .data import ImageSource, ImageSpec, Loader, eval_loader, open_source
+from .data import ImageSpec, Loader, TrainSource, eval_loader, open_source
 from .evaluation import evaluate, evaluation_record
 from .export import SUMS, verify_export
 
@@ -186,7 +186,7 @@ def load_model(name: str) -> nn.Module:
         raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
-def check_labels(name: str, model: nn.Module, source: ImageSource) -> None:
+def check_labels(name: str, model: nn.Module, source: TrainSource) -> None:
     """Make sure that logit i of `model` and label i of `source` are the same class, as far as can be known.
 
     Raises:
