@@ -34,7 +34,7 @@ DIGITS = "digits"
 DIGITS_SPLIT_SEED = 0
 DIGITS_TEST_IMAGES = 360
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 LABEL_COLUMNS = ("label", "fine_label")
 """Names of the label column that settle the choice where a data set has several integer columns, first wins."""
@@ -232,13 +232,13 @@ def open_source(
     if data == DIGITS:
         source = _open_digits(split)
     elif os.path.isdir(data):
-        if is_image_folder(data):
+        if _is_image_folder(data):
             source = _open_class_folders(data, split)
         else:
             source = _open_dataset(data, split, image_column, label_column, None, cache_dir)
     elif os.path.exists(data):
         raise ValueError(f"{data} is a file; give the folder that holds the data")
-    elif HUB_ID.fullmatch(data):
+    elif _HUB_ID.fullmatch(data):
         source = _open_dataset(data, split, image_column, label_column, revision, cache_dir)
     else:
         raise FileNotFoundError(
@@ -303,7 +303,7 @@ def _png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def is_image_folder(folder: str) -> bool:
+def _is_image_folder(folder: str) -> bool:
     """Whether class folders are what `folder` holds, rather than something for `datasets`."""
     from timm.data.readers.img_extensions import get_img_extensions
 
@@ -365,8 +365,8 @@ def _open_dataset(
     import datasets
 
     if os.path.isdir(data):
-        builder = local_builder(data)
-        files, revision = files_of_split(builder, split, data), None
+        builder = _local_builder(data)
+        files, revision = _files_of_split(builder, split, data), None
     else:
         builder, files, revision = _download_split(data, split, revision)
     try:
@@ -394,7 +394,7 @@ def _open_dataset(
     )
 
 
-def local_builder(folder: str) -> datasets.DatasetBuilder:
+def _local_builder(folder: str) -> datasets.DatasetBuilder:
     import datasets
     from datasets.data_files import get_data_patterns
 
@@ -407,7 +407,7 @@ def local_builder(folder: str) -> datasets.DatasetBuilder:
         raise ValueError(f"{folder} is not laid out as `datasets` reads it: {error}") from error
 
 
-def files_of_split(builder: datasets.DatasetBuilder, split: str, data: str) -> dict[str, list[str]]:
+def _files_of_split(builder: datasets.DatasetBuilder, split: str, data: str) -> dict[str, list[str]]:
     files = {str(name): list(paths) for name, paths in (builder.config.data_files or {}).items() if paths}
     if split not in files:
         raise _no_such_split(data, split, files)
@@ -426,20 +426,20 @@ def _download_split(
     import datasets
     from huggingface_hub import snapshot_download
 
-    with hub_errors(data, revision):
-        snapshot = settle_commit(data, revision)
+    with _hub_errors(data, revision):
+        snapshot = _settle_commit(data, revision)
         commit = snapshot.name
         try:
             builder = datasets.load_dataset_builder(data, revision=commit)
         except ConnectionError:
             builder = None
         if builder is None or builder.config.data_files is None:  # without the Hub: what the cache holds of it
-            builder = local_builder(str(snapshot))
-            return builder, files_of_split(builder, split, f"{data} in the local cache"), commit
+            builder = _local_builder(str(snapshot))
+            return builder, _files_of_split(builder, split, f"{data} in the local cache"), commit
         prefix = f"hf://datasets/{data}@{commit}/"
         files = {
             name: [path.removeprefix(prefix) for path in paths]
-            for name, paths in files_of_split(builder, split, data).items()
+            for name, paths in _files_of_split(builder, split, data).items()
         }
         downloaded = snapshot_download(
             data,
@@ -454,7 +454,42 @@ def _download_split(
         )
 
 
-def settle_commit(data: str, revision: str | None) -> Path:
+def locate_parquet(
+    data: str, split: str, revision: str | None
+) -> tuple[datasets.Features | None, list[str], str | None]:
+    """Find the parquet files of one split, in a folder or on the Hub, without downloading any.
+
+    Returns:
+        The columns as far as they are known without the files, the paths or hf:// addresses, and the commit.
+
+    Raises:
+        ValueError: it is not parquet, or the Hub does not give it.
+    """
+    import datasets
+
+    if os.path.isdir(data) and not _is_image_folder(data):
+        builder, revision = _local_builder(data), None
+    elif _HUB_ID.fullmatch(data) and not os.path.exists(data):
+        with _hub_errors(data, revision):
+            revision = _settle_commit(data, revision).name
+            try:
+                builder = datasets.load_dataset_builder(data, revision=revision)
+            except ConnectionError as error:
+                raise ValueError(
+                    f"--streaming reads {data} from the Hub, which cannot be reached; leave it out to use a local copy"
+                ) from error
+    else:
+        kind = "a folder of images" if os.path.isdir(data) else f"'{data}'"
+        raise ValueError(
+            f"--streaming reads parquet, in a folder or on the Hub, not {kind}; leave --streaming out, or give --data "
+            "such a folder or a Hub id"
+        )
+    if builder.name != "parquet":
+        raise ValueError(f"--streaming reads parquet, and {data} is stored as {builder.name}; leave --streaming out")
+    return builder.info.features, _files_of_split(builder, split, data)[split], revision
+
+
+def _settle_commit(data: str, revision: str | None) -> Path:
     """Download the README of a Hub data set, into a folder named after the commit that is then read.
 
     With no Hub, it is the newest commit in the cache.
@@ -465,7 +500,7 @@ def settle_commit(data: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def hub_errors(data: str, revision: str | None) -> Iterator[None]:
+def _hub_errors(data: str, revision: str | None) -> Iterator[None]:
     """Say in one or two lines why a Hub data set cannot be had, and what to do."""
     import datasets
     from huggingface_hub import constants
