@@ -186,8 +186,9 @@ def methods(bench: Bench) -> Iterator[Row]:
 
 def salience(bench: Bench) -> Iterator[Row]:
     """What the dearer saliences add, spread over the steps between two rankings."""
-    for name, every, images in (("entropy", 1, None), ("entropy", 10, None), ("hrank", 50, 8)):
-        changes = {"salience": name, "repair_every": every, "salience_images": images}
+    cases: tuple[tuple[str, int, int | None], ...] = (("entropy", 1, None), ("entropy", 10, None), ("hrank", 50, 8))
+    for name, every, images in cases:
+        changes: dict[str, Any] = {"salience": name, "repair_every": every, "salience_images": images}
         ranked = TrainingStep(vary(SHORT_TFFD, name, tffd=changes), bench, compiled=True)
         plain = TrainingStep(SHORT_PLAIN, bench, compiled=True)
 
@@ -199,10 +200,12 @@ def salience(bench: Bench) -> Iterator[Row]:
             step.task._batches = 1
             step()
 
-        timed: dict[str, Step] = {"plain": plain, "ranking": ranking, "between": between}
-        times = interleave(timed if every > 1 else {"plain": plain, "ranking": ranking}, bench.rounds(12), warmup=3)
+        timed: dict[str, Step] = {"plain": plain, "ranking": ranking}
+        if every > 1:
+            timed["between"] = between
+        times = interleave(timed, bench.rounds(12), warmup=3)
         rest = times.get("between", times["ranking"])
-        spread = [(r + (every - 1) * b) / every for r, b in zip(times["ranking"], rest, strict=True)]
+        spread = [(first + (every - 1) * later) / every for first, later in zip(times["ranking"], rest, strict=True)]
         how = f"every {every} steps" if every > 1 else "every step"
         what = f"{name}, {how}{f', {images} images' if images else ''} / plain"
         yield compare("salience", what, spread, times["plain"], bound="<=", target=1.05)
@@ -233,9 +236,10 @@ def feeding(bench: Bench) -> Iterator[Row]:
     window, windows = 20, 4
     ours, bare = [], []
     for attempt in range(bench.rounds(3)):
-        run = {"output": bench.scratch / f"loop{attempt}", "log_every": window, "max_steps": window * (windows + 1)}
+        folder = bench.scratch / f"loop{attempt}"
+        run = {"output": folder, "log_every": window, "max_steps": window * (windows + 1)}
         train(vary(recipe, "loop", run=run))
-        records = [r for r in read_metrics(run["output"] / "metrics.jsonl") if r["kind"] == "train"]
+        records = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"]
         ours += [r["images_per_second"] for r in records[1 : windows + 1]]
         stream = loader.epoch(0)
         for number in range(windows + 1):
@@ -348,7 +352,9 @@ def growth(bench: Bench) -> Iterator[Row]:
             step.task._batches = 1
             step()
 
-        timed: dict[str, Step] = {"tffd": usual, "plain": plain} | ({"measured": measured} if every else {})
+        timed: dict[str, Step] = {"tffd": usual, "plain": plain}
+        if every:
+            timed["measured"] = measured
         times = interleave(timed, bench.rounds(6), warmup=1)
         if every:
             times["tffd"] = [

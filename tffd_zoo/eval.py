@@ -33,7 +33,7 @@ from . import models  # noqa: F401 (registers the zoo's architectures with timm)
 from .atomic import replacing_file
 from .cards import markdown_table
 from .cli import run_cli
-from .data import ImageSource, ImageSpec, Loader, eval_loader, open_source
+from .data import ImageSpec, Loader, TrainSource, eval_loader, open_source
 from .evaluation import evaluate, evaluation_record
 from .export import CONFIG, SUMS, WEIGHTS, file_sha256, read_sums, verify_export
 from .models.weights import reason_of
@@ -222,7 +222,7 @@ def _verify_download(model_id: str) -> None:
             )
 
 
-def check_labels(name: str, model: nn.Module, source: ImageSource) -> None:
+def check_labels(name: str, model: nn.Module, source: TrainSource) -> None:
     """Make sure that logit i of `model` and label i of `source` are the same class, as far as can be known.
 
     Raises:

@@ -54,6 +54,9 @@ class DataConfig:
     """Column of the labels; found by its type when not given."""
     revision: str | None = None
     """Revision of a Hub data set."""
+    streaming: bool = False
+    """Fetch the training images while training, each process its own, from parquet on the Hub or in a folder: for data
+    that fits on no disk. They are shuffled by row groups and in a buffer; the evaluation split is downloaded whole."""
     skip_unreadable: bool = False
     """Leave unreadable images out instead of stopping at them."""
     image_size: int | None = None
@@ -193,13 +196,16 @@ def vary(recipe: Recipe, name: str, **changes: Any) -> Recipe:
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the fields that make two recipes (as dicts) different runs."""
+    """Names of the fields that make two recipes (as dicts) different runs.
+
+    A switch that one of them lacks is off there: the other was written by a newer version.
+    """
     found = []
     for key in sorted({*mine, *theirs}):
         name, a, b = f"{prefix}{key}", mine.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{name}.")
-        elif a != b and name not in OPERATIONAL:
+        elif (a != b if key in mine and key in theirs else a or b) and name not in OPERATIONAL:
             found.append(f"{name}: {b} there, {a} here")
     return found
 

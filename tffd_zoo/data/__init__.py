@@ -3,6 +3,7 @@
 from .loaders import Batch, ImageSpec, Loader, eval_loader, train_loader
 from .memory import Augment
 from .sources import ImageSource, UnreadableImageError, holdout, open_source
+from .streaming import StreamedSource, TrainSource, open_streamed
 
 __all__ = [
     "Augment",
@@ -10,9 +11,12 @@ __all__ = [
     "ImageSource",
     "ImageSpec",
     "Loader",
+    "StreamedSource",
+    "TrainSource",
     "UnreadableImageError",
     "eval_loader",
     "holdout",
     "open_source",
+    "open_streamed",
     "train_loader",
 ]

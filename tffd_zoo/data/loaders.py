@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from .memory import (
     seeded_generator,
 )
 from .sources import ImageSource
+from .streaming import StreamedRows, StreamedSource, TrainSource
 from .workers import WorkerPool, default_workers
 
 MEMORY_LIMIT = 2**30
@@ -84,6 +86,12 @@ class _Request(NamedTuple):
     epoch: int
     indices: Tensor
     weight: float
+    rows: StreamedRows | None = None
+    """The images themselves, where they are streamed."""
+
+
+def _as_they_are(requests: list[_Request]) -> Generator[_Request, None, None]:
+    yield from requests
 
 
 class Loader:
@@ -95,8 +103,10 @@ class Loader:
         requests: Callable[[int], list[_Request]],
         workers: int,
         description: str,
+        fetch: Callable[[list[_Request]], Generator[_Request, None, None]] = _as_they_are,
     ) -> None:
         self._requests = requests
+        self._fetch = fetch
         self._pool = WorkerPool(make_batch, workers)
         self._batches = len(requests(0))
         self._description = description
@@ -124,10 +134,12 @@ class Loader:
 
         Raises:
             UnreadableImageError: an image does not decode.
+            ValueError: streamed images cannot be read.
         """
         pin = torch.cuda.is_available()
-        for batch in self._pool.map(self._requests(epoch)[start_batch:]):
-            yield batch._replace(images=batch.images.pin_memory()) if pin else batch
+        with closing(self._fetch(self._requests(epoch)[start_batch:])) as requests:
+            for batch in self._pool.map(requests):
+                yield batch._replace(images=batch.images.pin_memory()) if pin else batch
 
 
 class _BatchMaker:
@@ -135,7 +147,7 @@ class _BatchMaker:
 
     def __init__(
         self,
-        source: ImageSource,
+        source: TrainSource,
         spec: ImageSpec,
         transform: Callable[[Image.Image], Tensor],
         augment: Augment,
@@ -154,15 +166,22 @@ class _BatchMaker:
         self._choices: tuple[int, CropsAndFlips] | None = None
 
     def __call__(self, request: _Request) -> Batch:
-        epoch, indices, weight = request
+        epoch, indices, weight, rows = request
+        stored = self._stored(indices) if rows is None else rows
         if self.decoded is not None:
             images = self.decoded[indices]
         else:
-            images = torch.stack([self._decode(epoch, index) for index in indices.tolist()])
+            images = torch.stack(
+                [self._transform(epoch, index, stored.decode(i)) for i, index in enumerate(indices.tolist())]
+            )
         if self.moves_pixels:
             choices = CropsAndFlips(*(choice[indices] for choice in self._crops_and_flips(epoch)))
             images = pad_crop_flip(images, choices, self.padding, self.augment.padding_mode)
-        return Batch(self.normalize(images), self.source.labels[indices], indices, weight)
+        return Batch(self.normalize(images), stored.labels, indices, weight)
+
+    def _stored(self, indices: Tensor) -> ImageSource:
+        assert isinstance(self.source, ImageSource)
+        return self.source.subset(indices)
 
     def _crops_and_flips(self, epoch: int) -> CropsAndFlips:
         if self._choices is None or self._choices[0] != epoch:
@@ -170,8 +189,7 @@ class _BatchMaker:
             self._choices = epoch, draw_crops_and_flips(generator, len(self.source), self.padding, self.augment.hflip)
         return self._choices[1]
 
-    def _decode(self, epoch: int, index: int) -> Tensor:
-        image = self.source.decode(index)
+    def _transform(self, epoch: int, index: int, image: Image.Image) -> Tensor:
         if self.augment.crop != "resized":
             return self.transform(image)
         # timm's transforms draw from the global streams of `random` and torch: seed both, and give them back
@@ -186,7 +204,7 @@ class _BatchMaker:
 
 
 def train_loader(
-    source: ImageSource,
+    source: TrainSource,
     spec: ImageSpec,
     batch_size: int,
     seed: int,
@@ -203,7 +221,8 @@ def train_loader(
     """Return the training batches of process `rank` of `world_size`.
 
     Args:
-        source: the images.
+        source: the images. Of a streamed source this process reads its share alone, in the order that
+            :mod:`.streaming` describes.
         spec: what the model wants.
         batch_size: images per process and batch.
         seed: with the epoch, gives the order and, with the index, the augmentation; 0 or more.
@@ -226,6 +245,11 @@ def train_loader(
     _check(source, spec, batch_size, rank, world_size)
     if seed < 0:
         raise ValueError(f"seed {seed} is negative; choose 0 or more")
+    streamed = isinstance(source, StreamedSource)
+    if streamed and in_memory:
+        raise ValueError("streamed images are not kept in memory; leave out --streaming or --in-memory")
+    if streamed and pair_classes:
+        raise ValueError("CS-KD pairs images by their labels, and --streaming reads those while it trains; choose one")
     if pair_classes and batch_size % 2:
         raise ValueError(f"batch_size {batch_size} is odd, but half of a batch are partners of the other half")
     if augment.crop == "resized":
@@ -255,10 +279,14 @@ def train_loader(
             f"{len(source)} images do not make one batch of {batch_size} for each of {world_size} processes; "
             "lower batch_size"
         )
-    partners = _Partners(source) if pair_classes else None
+    partners = _Partners(source) if pair_classes and isinstance(source, ImageSource) else None
 
     def requests(epoch: int) -> list[_Request]:
-        order = torch.randperm(len(source), generator=seeded_generator(seed, ORDER, epoch))
+        generator = seeded_generator(seed, ORDER, epoch)
+        if isinstance(source, StreamedSource):
+            order = source.order(generator, images_per_global_batch)
+        else:
+            order = torch.randperm(len(source), generator=generator)
         result = []
         for number, global_batch in enumerate(order[: len(source) - dropped].split(images_per_global_batch)):
             share = global_batch.tensor_split(world_size)[rank]
@@ -269,10 +297,19 @@ def train_loader(
             result.append(_Request(epoch, share, weight))
         return result
 
+    def fetch(requests: list[_Request]) -> Generator[_Request, None, None]:
+        assert isinstance(source, StreamedSource)
+        batches = source.read([request.indices for request in requests], images_per_global_batch)
+        for request, rows in zip(requests, batches, strict=True):
+            yield request._replace(rows=rows)
+
     decoded, workers = _decode(source, spec, transform, in_memory, workers, world_size, memory_format)
     make_batch = _BatchMaker(source, spec, transform, augment, seed, decoded, memory_format)
     description = _describe(source, decoded, workers, batch_size, world_size, dropped)
-    return Loader(make_batch, requests, workers, f"{description}, {augment.describe()}")
+    if isinstance(source, StreamedSource):
+        description += f", {source.describe_order(images_per_global_batch)}"
+    description += f", {augment.describe()}"
+    return Loader(make_batch, requests, workers, description, fetch if streamed else _as_they_are)
 
 
 def eval_loader(
@@ -327,7 +364,7 @@ class _Partners:
         return self.by_class[self.starts[labels] + (self.place[indices] + steps) % sizes]
 
 
-def _check(source: ImageSource, spec: ImageSpec, batch_size: int, rank: int, world_size: int) -> None:
+def _check(source: TrainSource, spec: ImageSpec, batch_size: int, rank: int, world_size: int) -> None:
     if len(source) == 0:
         raise ValueError(f"split {source.split} of {source.name} holds no images")
     if batch_size < 1:
@@ -338,7 +375,7 @@ def _check(source: ImageSource, spec: ImageSpec, batch_size: int, rank: int, wor
 
 
 def _decode(
-    source: ImageSource,
+    source: TrainSource,
     spec: ImageSpec,
     transform: Callable[[Image.Image], Tensor],
     in_memory: bool | None,
@@ -348,6 +385,8 @@ def _decode(
 ) -> tuple[Tensor | None, int]:
     """Decode the images now if they are to be kept in memory; also return how many workers batches then need."""
     workers = default_workers(world_size) if workers is None else workers
+    if isinstance(source, StreamedSource):
+        return None, workers
     if in_memory or (in_memory is None and _is_small(source, spec)):
         return decode_all(source, transform, spec.input_size, memory_format, workers), 0
     return None, workers
@@ -361,7 +400,12 @@ def _is_small(source: ImageSource, spec: ImageSpec) -> bool:
 
 
 def _describe(
-    source: ImageSource, decoded: Tensor | None, workers: int, batch_size: int, world_size: int, dropped: int
+    source: TrainSource,
+    decoded: Tensor | None,
+    workers: int,
+    batch_size: int,
+    world_size: int,
+    dropped: int,
 ) -> str:
     if decoded is not None:
         storage = f"in memory ({decoded.numel() / 2**20:.0f} MiB)"

@@ -11,7 +11,8 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ DIGITS = "digits"
 DIGITS_SPLIT_SEED = 0
 DIGITS_TEST_IMAGES = 360
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
 LABEL_COLUMNS = ("label", "fine_label")
 """Names of the label column that settle the choice where a data set has several integer columns, first wins."""
 
@@ -50,6 +53,20 @@ METADATA_FILES = {"metadata.csv", "metadata.jsonl"}
 
 class UnreadableImageError(ValueError):
     """An image whose bytes do not decode. Its message names the image and what to do."""
+
+
+def decode_rgb(encoded: bytes) -> Image.Image:
+    """Return the image that `encoded` (PNG, JPEG, ...) holds, in RGB.
+
+    Raises:
+        UnreadableImageError: it is missing, truncated or no image; the message is the bare reason.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UnreadableImageError(reason) from error
 
 
 class EncodedImages(Protocol):
@@ -165,12 +182,10 @@ class ImageSource:
             UnreadableImageError: the bytes are missing, truncated or no image.
         """
         try:
-            with Image.open(io.BytesIO(self.image_bytes(index))) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+            return decode_rgb(self.image_bytes(index))
+        except UnreadableImageError as error:
             raise UnreadableImageError(
-                f"cannot read {self.where(index)}: {reason}; replace or remove it, or skip such images with "
+                f"cannot read {self.where(index)}: {error}; replace or remove it, or skip such images with "
                 "--skip-unreadable"
             ) from error
 
@@ -223,7 +238,7 @@ def open_source(
             source = _open_dataset(data, split, image_column, label_column, None, cache_dir)
     elif os.path.exists(data):
         raise ValueError(f"{data} is a file; give the folder that holds the data")
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data):
+    elif _HUB_ID.fullmatch(data):
         source = _open_dataset(data, split, image_column, label_column, revision, cache_dir)
     else:
         raise FileNotFoundError(
@@ -362,8 +377,8 @@ def _open_dataset(
         raise ValueError(
             f"split {split} of {data} cannot be read: {error.__cause__ or error}; is one of its files damaged?"
         ) from error
-    image_column = _find_image_column(rows.features, image_column, data)
-    label_column = _find_label_column(rows.features, label_column, data)
+    image_column = find_image_column(rows.features, image_column, data)
+    label_column = find_label_column(rows.features, label_column, data)
     labels, label_names = _read_labels(rows, label_column, data, split)
     images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     return ImageSource(
@@ -409,28 +424,24 @@ def _download_split(
         How they are read, their paths by split, and the commit that they are of.
     """
     import datasets
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import snapshot_download
 
-    from ..models.weights import reason_of
-
-    try:
-        # The README settles which commit is read, before any file is listed; with no Hub, the newest one in the cache.
-        snapshot = snapshot_download(data, repo_type="dataset", revision=revision, allow_patterns="README.md")
-        commit = Path(snapshot).name
+    with _hub_errors(data, revision):
+        snapshot = _settle_commit(data, revision)
+        commit = snapshot.name
         try:
             builder = datasets.load_dataset_builder(data, revision=commit)
         except ConnectionError:
             builder = None
         if builder is None or builder.config.data_files is None:  # without the Hub: what the cache holds of it
-            builder = _local_builder(snapshot)
+            builder = _local_builder(str(snapshot))
             return builder, _files_of_split(builder, split, f"{data} in the local cache"), commit
         prefix = f"hf://datasets/{data}@{commit}/"
         files = {
             name: [path.removeprefix(prefix) for path in paths]
             for name, paths in _files_of_split(builder, split, data).items()
         }
-        snapshot = snapshot_download(
+        downloaded = snapshot_download(
             data,
             repo_type="dataset",
             revision=commit,
@@ -438,9 +449,67 @@ def _download_split(
         )
         return (
             builder,
-            {name: [os.path.join(snapshot, path) for path in paths] for name, paths in files.items()},
+            {name: [os.path.join(downloaded, path) for path in paths] for name, paths in files.items()},
             commit,
         )
+
+
+def locate_parquet(
+    data: str, split: str, revision: str | None
+) -> tuple[datasets.Features | None, list[str], str | None]:
+    """Find the parquet files of one split, in a folder or on the Hub, without downloading any.
+
+    Returns:
+        The columns as far as they are known without the files, the paths or hf:// addresses, and the commit.
+
+    Raises:
+        ValueError: it is not parquet, or the Hub does not give it.
+    """
+    import datasets
+
+    if os.path.isdir(data) and not _is_image_folder(data):
+        builder, revision = _local_builder(data), None
+    elif _HUB_ID.fullmatch(data) and not os.path.exists(data):
+        with _hub_errors(data, revision):
+            revision = _settle_commit(data, revision).name
+            try:
+                builder = datasets.load_dataset_builder(data, revision=revision)
+            except ConnectionError as error:
+                raise ValueError(
+                    f"--streaming reads {data} from the Hub, which cannot be reached; leave it out to use a local copy"
+                ) from error
+    else:
+        kind = "a folder of images" if os.path.isdir(data) else f"'{data}'"
+        raise ValueError(
+            f"--streaming reads parquet, in a folder or on the Hub, not {kind}; leave --streaming out, or give --data "
+            "such a folder or a Hub id"
+        )
+    if builder.name != "parquet":
+        raise ValueError(f"--streaming reads parquet, and {data} is stored as {builder.name}; leave --streaming out")
+    return builder.info.features, _files_of_split(builder, split, data)[split], revision
+
+
+def _settle_commit(data: str, revision: str | None) -> Path:
+    """Download the README of a Hub data set, into a folder named after the commit that is then read.
+
+    With no Hub, it is the newest commit in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(data, repo_type="dataset", revision=revision, allow_patterns="README.md"))
+
+
+@contextmanager
+def _hub_errors(data: str, revision: str | None) -> Iterator[None]:
+    """Say in one or two lines why a Hub data set cannot be had, and what to do."""
+    import datasets
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    from ..models.weights import reason_of
+
+    try:
+        yield
     except RevisionNotFoundError as error:
         raise ValueError(f"{data} has no revision {revision} on the Hub") from error
     except LocalEntryNotFoundError as error:
@@ -462,7 +531,7 @@ def _download_split(
         ) from error
 
 
-def _find_image_column(features: datasets.Features, wanted: str | None, data: str) -> str:
+def find_image_column(features: datasets.Features, wanted: str | None, data: str) -> str:
     import datasets
 
     def holds_images(feature: object) -> bool:
@@ -478,7 +547,7 @@ def _find_image_column(features: datasets.Features, wanted: str | None, data: st
     return column
 
 
-def _find_label_column(features: datasets.Features, wanted: str | None, data: str) -> str:
+def find_label_column(features: datasets.Features, wanted: str | None, data: str) -> str:
     import datasets
 
     def holds_classes(feature: object) -> bool:

@@ -31,13 +31,13 @@ class WorkerPool(Generic[Request, Result]):
 
     def __init__(self, function: Callable[[Request], Result], workers: int) -> None:
         self._function = function
-        self._requests: list[Request] = []  # of the running `map`; the DataLoader iterates over this very list
+        self._running: _Running[Request] = _Running()
         self._loader: DataLoader[Any] | None = None
         if workers:
             self._loader = DataLoader(
                 _ErrorsAsValues(function),
                 batch_size=None,
-                sampler=self._requests,
+                sampler=self._running,
                 num_workers=workers,
                 persistent_workers=True,
                 worker_init_fn=_leave_process_group,
@@ -46,15 +46,27 @@ class WorkerPool(Generic[Request, Result]):
             )
 
     def map(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Yield the result of each request in turn. A ValueError of the function is raised here as it was there."""
+        """Yield the result of each request in turn. Requests are taken a few ahead.
+
+        A ValueError of the function is raised here as it was there.
+        """
         if self._loader is None:
             yield from map(self._function, requests)
             return
-        self._requests[:] = requests
+        self._running.requests = requests
         for result in self._loader:
             if isinstance(result, ValueError):
                 raise result
             yield result
+
+
+class _Running(Generic[Request]):
+    """The requests of the running `map`: the DataLoader iterates over the same sampler every time."""
+
+    requests: Iterable[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
 
 
 class _ErrorsAsValues(Dataset[Any]):

@@ -15,7 +15,18 @@ from timm.data import Mixup
 from timm.loss import create_classification_loss
 from torch import nn
 
-from ..data import ImageSource, ImageSpec, Loader, eval_loader, holdout, open_source, train_loader
+from ..data import (
+    ImageSource,
+    ImageSpec,
+    Loader,
+    StreamedSource,
+    TrainSource,
+    eval_loader,
+    holdout,
+    open_source,
+    open_streamed,
+    train_loader,
+)
 from ..data.memory import AUGMENTS
 from ..eval import check_labels, check_model_name, load_model
 from ..recipe import DataConfig, Recipe
@@ -52,25 +63,34 @@ def check_trackers(names: Sequence[str], accelerator: Accelerator) -> None:
         )
 
 
-def open_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
+def open_sources(config: DataConfig) -> tuple[TrainSource, ImageSource]:
     """The images to train on and those to evaluate on.
 
     Raises:
-        ValueError: the two don't have the same classes.
+        ValueError: the two don't have the same classes, or streaming is asked for with what needs every image first.
     """
+    columns: dict[str, Any] = {
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+        "revision": config.revision,
+    }
 
     def source(split: str) -> ImageSource:
-        return open_source(
-            config.source,
-            split,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            revision=config.revision,
-            skip_unreadable=config.skip_unreadable,
-        )
+        return open_source(config.source, split, skip_unreadable=config.skip_unreadable, **columns)
 
-    train_source = source(config.train_split)
+    train_source: TrainSource
+    if config.streaming:
+        for flag, needs in (("holdout", "labels"), ("skip_unreadable", "pixels")):
+            if getattr(config, flag):
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} needs the {needs} of all images first, and --streaming reads them "
+                    "while it trains; leave one of them out"
+                )
+        train_source = open_streamed(config.source, config.train_split, **columns)
+    else:
+        train_source = source(config.train_split)
     if config.holdout:
+        assert isinstance(train_source, ImageSource)
         # One split for all seeds of a study: what is compared is judged on the same images.
         return holdout(train_source, config.holdout)
     eval_source = source(config.eval_split)
@@ -111,7 +131,7 @@ class Loaders(NamedTuple):
 def make_loaders(
     recipe: Recipe,
     spec: ImageSpec,
-    train_source: ImageSource,
+    train_source: TrainSource,
     eval_source: ImageSource,
     layout: torch.memory_format,
     accelerator: Accelerator,
@@ -156,7 +176,7 @@ def check_batch_of_one(recipe: Recipe, model: nn.Module, spec: ImageSpec, batche
         raise ValueError(f"{recipe.model} cannot train on a batch of one image ({error}); use {mend}") from error
 
 
-def make_mixup(recipe: Recipe, source: ImageSource, processes: int) -> Mixup | None:
+def make_mixup(recipe: Recipe, source: TrainSource, processes: int) -> Mixup | None:
     """timm's mixup and CutMix; with both, each batch draws one of them."""
     optim = recipe.optim
     if not (optim.mixup or optim.cutmix):
@@ -173,7 +193,7 @@ def make_mixup(recipe: Recipe, source: ImageSource, processes: int) -> Mixup | N
 
 
 def make_task(
-    recipe: Recipe, model: nn.Module, spec: ImageSpec, source: ImageSource, batches_per_epoch: int
+    recipe: Recipe, model: nn.Module, spec: ImageSpec, source: TrainSource, batches_per_epoch: int
 ) -> DistillationTask:
     """The training task of a recipe: cross-entropy and the losses of every section that is there.
 
@@ -207,7 +227,7 @@ def make_criterion(recipe: Recipe) -> nn.Module:
 
 
 def make_objectives(
-    recipe: Recipe, model: nn.Module, stages: Stages, spec: ImageSpec, source: ImageSource, criterion: nn.Module
+    recipe: Recipe, model: nn.Module, stages: Stages, spec: ImageSpec, source: TrainSource, criterion: nn.Module
 ) -> list[Objective]:
     """What the recipe adds to cross-entropy, besides Tf-FD."""
     epochs, classes = recipe.optim.epochs, source.num_classes
@@ -226,6 +246,10 @@ def make_objectives(
     if recipe.tf_kd is not None:
         objectives.append(TfKD(recipe.tf_kd))
     if recipe.ps_kd is not None:
+        if isinstance(source, StreamedSource):
+            raise ValueError(
+                "PS-KD starts from the labels of all images, and --streaming reads those while it trains; choose one"
+            )
         objectives.append(PSKD(recipe.ps_kd, source.labels, classes, epochs))
     if recipe.drop is not None:
         objectives.append(StageDrop(recipe.drop, model, stages, epochs))
@@ -233,7 +257,7 @@ def make_objectives(
 
 
 def make_teacher(
-    recipe: Recipe, config: TeacherConfig, stages: Stages, spec: ImageSpec, source: ImageSource
+    recipe: Recipe, config: TeacherConfig, stages: Stages, spec: ImageSpec, source: TrainSource
 ) -> FrozenTeacher | OnlineTeacher | AuxiliaryBranches:
     """The network that teaches.
 
@@ -261,7 +285,7 @@ def make_teacher(
     return OnlineTeacher(network, its_stages, taps)
 
 
-def load_teacher(config: TeacherConfig, source: ImageSource) -> nn.Module:
+def load_teacher(config: TeacherConfig, source: TrainSource) -> nn.Module:
     """A trained teacher, by name or from a weights file."""
     assert config.model is not None
     with torch.random.fork_rng(devices=[]):

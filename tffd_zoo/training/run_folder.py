@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..atomic import replacing_file, replacing_folder, save_tensors
-from ..data import ImageSource, ImageSpec
+from ..data import ImageSource, ImageSpec, TrainSource
 from ..recipe import Recipe, differences
 
 CHECKPOINT = "checkpoint.json"
@@ -67,7 +67,7 @@ class RunFolder:
             write_json(self.path / "environment.json", environment(accelerator))
         accelerator.wait_for_everyone()
 
-    def describe_data(self, train: ImageSource, evaluation: ImageSource, spec: ImageSpec) -> None:
+    def describe_data(self, train: TrainSource, evaluation: ImageSource, spec: ImageSpec) -> None:
         """Record what is trained and evaluated on: an export and every figure need it."""
         if self.accelerator.is_main_process:
             splits = {
