@@ -436,3 +436,10 @@ class TestWorkers:
         images = by_index(eval_loader(source, spec, 500, workers=2))
         for index in (0, 1023, 1024, 1499):
             assert np.array_equal((images[index] * 255).round().permute(1, 2, 0), source.decode(index))
+
+
+def test_a_model_trained_on_whole_images_is_evaluated_on_whole_images() -> None:
+    spec = ImageSpec(input_size=(3, 32, 32), crop_pct=0.875)
+    assert spec.matching(AUGMENTS["pad_crop_flip"]).crop_pct == 1.0
+    assert spec.matching(AUGMENTS["none"]).crop_pct == 1.0
+    assert spec.matching(AUGMENTS["rrc_flip"]) == spec

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from small_export import small_export
 
+from tffd_zoo.data import ImageSpec, eval_loader, open_source
+from tffd_zoo.evaluation import evaluate
 from tffd_zoo.export import write_sums
 from tffd_zoo.models import releases
 from tffd_zoo.release import ReleaseConfig, main
@@ -72,3 +75,26 @@ def test_what_is_no_export_or_lacks_its_training_time_is_refused(run: Path, mani
     assert releases(manifest) == ()
     main(ReleaseConfig(tmp_path, hours=1.5, manifest=manifest))
     assert releases(manifest)[0].training.hours == 1.5
+
+
+def test_half_the_size_means_other_weights_and_figures_measured_on_them(run: Path, manifest: Path) -> None:
+    with pytest.raises(ValueError, match="pass --data, the images to measure them on again"):
+        main(ReleaseConfig(run, half=True, manifest=manifest))
+    assert not releases(manifest)
+
+    main(ReleaseConfig(run, half=True, data="digits", manifest=manifest))
+    (entry,) = releases(manifest)
+    file = run / "export" / "model.safetensors"
+    assert entry.size < 0.6 * file.stat().st_size
+    model = timm.create_model("tffd_resnet20", num_classes=10)
+    model.load_state_dict(entry.load())
+    exported = load_file(file)
+    for name, tensor in model.state_dict().items():
+        rounded = exported[name].half() if exported[name].is_floating_point() else exported[name]
+        assert torch.equal(tensor, rounded.to(tensor.dtype)), name
+
+    spec = ImageSpec.from_model(model, input_size=entry.input.size)
+    result = evaluate(model, eval_loader(open_source("digits", "test"), spec, 256), device="cpu", progress=False)
+    assert (entry.metrics.correct1, entry.metrics.correct5) == (result.correct1, result.correct5)
+    assert entry.metrics.nll == pytest.approx(result.nll, rel=1e-6)
+    assert entry.metrics.nll != json.loads((run / "export" / "metrics.json").read_text())["nll"]

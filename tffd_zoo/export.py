@@ -98,6 +98,7 @@ def export(
     environment: Mapping[str, Any] | None = None,
     curves: Path | str | None = None,
     twin: Twin | None = None,
+    half: bool = False,
 ) -> ExportInfo:
     """Write `model` to `folder` as timm loads it: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
@@ -122,6 +123,7 @@ def export(
         environment: versions and hardware of the run.
         curves: picture of the run, PNG.
         twin: the plain run that the card compares with.
+        half: store the weights in float16, which has to hold them exactly: round them before measuring `metrics`.
 
     Raises:
         ValueError: the names do not fit the classes, a figure is missing, a weight is not finite, or `folder` holds
@@ -142,6 +144,7 @@ def export(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"weight {name!r} is not finite, so there is nothing worth exporting; use earlier weights")
 
+    stored = {name: t.half() if half and t.is_floating_point() else t for name, t in tensors.items()}
     recipe, metrics, environment = (without_local_paths(value) for value in (recipe, metrics, environment))
     recipe_json = _to_json(recipe)
     timms_own = architecture in tffd_imagenet.ARCHITECTURES
@@ -152,7 +155,7 @@ def export(
         "tffd_zoo_version": __version__,
     }
     with replacing_folder(folder) as aside:
-        save_tensors(tensors, aside / WEIGHTS, **provenance)
+        save_tensors(stored, aside / WEIGHTS, **provenance)
         save_config_for_hf(
             model,
             str(aside / CONFIG),

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import tyro
+from accelerate import PartialState
 
 from .cards import find_dataset
 from .cli import run_cli
-from .export import ENVIRONMENT, SUMS, WEIGHTS, ExportInfo, verify_export
+from .data import ImageSpec, eval_loader, open_source
+from .data.memory import AUGMENTS
+from .eval import check_labels, load_model
+from .evaluation import evaluate, evaluation_record
+from .export import CURVES, ENVIRONMENT, SUMS, WEIGHTS, ExportInfo, export, verify_export
 from .models import HubFile, Input, Metrics, Release, Training, WheelFile, add_release, releases
 from .models.manifest import MANIFEST
 
@@ -37,6 +43,10 @@ class ReleaseConfig:
     """Put it in the place of the release of the same name."""
     hours: float | None = None
     """Wall-clock hours of training, where the export does not say."""
+    half: bool = False
+    """Round the weights to float16, half the size, and measure the figures anew on them; needs --data."""
+    data: str | None = None
+    """The images that the figures are from: a Hub id or a folder."""
     manifest: Path = MANIFEST
     """The manifest; the weights go to weights/ beside it."""
 
@@ -48,8 +58,13 @@ def main(config: ReleaseConfig) -> None:
         ValueError, OSError: the export or its entry is not right; nothing was changed.
     """
     info = verify_export(find_export(config.source))
-    entry = release_of(info, WheelFile(info.weights), config.hours)
-    stored = add_release(entry, replaces=config.replace, manifest=config.manifest)
+    with TemporaryDirectory() as scratch:
+        if config.half:
+            if config.data is None:
+                raise ValueError("--half changes the weights: pass --data, the images to measure them on again")
+            info = in_half(info, config.data, Path(scratch) / "export")
+        entry = release_of(info, WheelFile(info.weights), config.hours)
+        stored = add_release(entry, replaces=config.replace, manifest=config.manifest)
     print(f'{config.manifest} has {stored.name}: timm.create_model("{stored.name}", pretrained=True)')
 
 
@@ -63,6 +78,43 @@ def find_export(folder: Path) -> Path:
         if (candidate / SUMS).is_file():
             return candidate
     raise FileNotFoundError(f"{folder} is neither an export nor the folder of a run that has one; finish the run first")
+
+
+def in_half(info: ExportInfo, data: str, folder: Path) -> ExportInfo:
+    """Export `info` once more to `folder`, its weights rounded to float16 and its figures measured on those.
+
+    Raises:
+        ValueError, OSError: the images cannot be used, or are others than the export's.
+    """
+    evaluation = info.metrics["evaluation"]
+    columns = {name: evaluation.get(name) for name in ("image_column", "label_column")}
+    if evaluation.get("held_out"):
+        raise ValueError(f"{info.name} was measured on held-out images of its training; only a split can be read again")
+    source = open_source(data, evaluation["split"], **columns)
+    model = load_model(f"local-dir:{info.folder}")
+    check_labels(info.name, model, source)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.half())
+    spec = ImageSpec.from_model(model).matching(AUGMENTS[info.recipe["data"]["augment"]])
+    device = PartialState().device
+    result = evaluate(model.to(device), eval_loader(source, spec, 256), device=device)
+    record = evaluation_record(model, result, source, spec)
+    settings = record["evaluation"] | {"held_out": 0, "precision": "no", "stored_as": "float16"}
+    optional = {name: info.folder / name for name in (ENVIRONMENT, CURVES) if name in info.sha256}
+    return export(
+        model.cpu(),
+        folder,
+        architecture=info.architecture,
+        tag=info.tag,
+        recipe=info.recipe,
+        metrics={**info.metrics, **record, "evaluation": settings},
+        label_names=info.config["label_names"],
+        data_config=asdict(spec),
+        environment=json.loads(optional[ENVIRONMENT].read_text()) if ENVIRONMENT in optional else None,
+        curves=optional.get(CURVES),
+        half=True,
+    )
 
 
 def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None = None) -> Release:

@@ -7,6 +7,7 @@ global batch sees. The last, smaller batch is shared out as evenly as it goes; `
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable, Generator, Iterator
@@ -64,6 +65,13 @@ class ImageSpec:
     def from_model(cls, model: nn.Module, **overrides: Any) -> ImageSpec:
         """Read the spec from the model's own config; `overrides` are entries of it, such as ``input_size``."""
         return cls(**resolve_data_config(overrides, model=model))
+
+    def matching(self, augment: Augment) -> ImageSpec:
+        """The spec for evaluating what was trained with `augment`: whole images if training saw whole ones.
+
+        The crop of 0.875 in many of timm's configs makes up for training on enlarged parts of the images.
+        """
+        return self if augment.crop == "resized" else dataclasses.replace(self, crop_pct=1.0)
 
 
 class Batch(NamedTuple):

@@ -116,9 +116,10 @@ def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
 
 
 def image_spec(recipe: Recipe, model: nn.Module) -> ImageSpec:
-    """Preprocessing: the model's own, at the recipe's image size when it names one."""
+    """Preprocessing: the model's own, at the recipe's image size when it names one, as training sees the images."""
     size = recipe.data.image_size
-    return ImageSpec.from_model(model, **({"input_size": (3, size, size)} if size else {}))
+    spec = ImageSpec.from_model(model, **({"input_size": (3, size, size)} if size else {}))
+    return spec.matching(AUGMENTS[recipe.data.augment])
 
 
 class Loaders(NamedTuple):
