@@ -197,8 +197,10 @@ def _differentiate_with(result: Tensor, feature: Tensor) -> None:
     Autograd takes the newest operation that is ready. Made after the forward pass, a loss would have the gradients of
     all stages waiting in memory, just when that is fullest; made when the feature was, it adds one stage's at a time.
     """
+    if torch.compiler.is_compiling():  # a compiler orders the backward pass by itself, and knows no grad_fn
+        return
     made_by: Any = result.grad_fn  # the method is in no type stub
-    if not torch.compiler.is_compiling() and made_by is not None and feature.grad_fn is not None:
+    if made_by is not None and feature.grad_fn is not None:
         made_by._set_sequence_nr(feature.grad_fn._sequence_nr())
 
 
