@@ -2,10 +2,11 @@
 
     python recipes/compare.py STUDY              run what is missing, one run after the other; resume what is not done
     python recipes/compare.py STUDY --list       the runs of the study and how far they are
-    python recipes/compare.py STUDY --report     collect the records of finished runs, and make the page from them
+    python recipes/compare.py STUDY --report     collect the records of finished runs, and make the page from all
     python recipes/compare.py STUDY --shard 1/3  one of three machines' share
 
-The studies are in studies.py; the report, with the records that it is made from, goes to recipes/results/STUDY.
+The studies are in studies.py. Records are collected in recipes/results/records, once for all studies, and the reports
+that are made from them go to recipes/results/STUDY. A collected run is not made again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,7 @@ from studies import STUDIES
 from tffd_zoo.cards import markdown_table
 from tffd_zoo.cli import run_cli
 from tffd_zoo.recipe import Recipe, differences, vary
-from tffd_zoo.report import Row, Study, collect, write_report
+from tffd_zoo.report import Row, RunRecord, Study, changes_of_record, collect, record_folder, write_report
 from tffd_zoo.training import train
 from tffd_zoo.training.run_folder import read_json, read_metrics
 
@@ -36,7 +37,7 @@ RUNS = Path("runs")
 RESULTS = Path(__file__).parent / "results"
 WEIGHTS = Path("weights") / "last.safetensors"
 
-State = Literal["done", "unfinished", "missing", "another recipe"]
+State = Literal["done", "collected", "unfinished", "missing", "another recipe"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class CompareConfig:
     output: Path | None = None
     """Where the run folders lie; 'runs' when not given. Studies share the runs of the recipes that they share."""
     results: Path | None = None
-    """Where the records and the page go; recipes/results/STUDY, or OUTPUT/results when --output is given."""
+    """Where records and pages go; recipes/results, or OUTPUT/results when --output is given."""
     data: str | None = None
     """Where the images are: overrides the recipes', as every run's --data does."""
     epochs: int | None = None
@@ -68,12 +69,22 @@ class CompareConfig:
     run: str | None = None
     """Run this one recipe of the study, here and now; needs one of --seeds."""
 
+    @property
+    def pages(self) -> Path:
+        return self.results or (self.output / "results" if self.output else RESULTS)
+
+    @property
+    def records(self) -> Path:
+        return self.pages / "records"
+
 
 @dataclass(frozen=True)
 class Run:
     """A recipe with a seed and a place."""
 
     recipe: Recipe
+    records: Path | None = None
+    """Where its record may lie already; None where the run itself is needed, for its weights."""
 
     @property
     def folder(self) -> Path:
@@ -88,18 +99,36 @@ class Run:
         return f"{self.recipe.name} seed {self.recipe.run.seed}"
 
     def state(self) -> State:
-        """How far the run is, by what lies in its folder."""
-        if not (self.folder / "recipe.json").exists():
-            return "missing"
+        """How far the run is, by what lies in its folder and among the records."""
         if self.conflict():
             return "another recipe"
+        if not (self.folder / "recipe.json").exists():
+            return "collected" if self.record else "missing"
         exported = (self.folder / "export" / "SHA256SUMS").exists()
         # A run that was cut short by --max-steps has an export too.
-        return "done" if exported and self.epochs_done() >= self.recipe.optim.epochs else "unfinished"
+        if exported and self.epochs_done() >= self.recipe.optim.epochs:
+            return "done"
+        return "collected" if self.record else "unfinished"
 
-    def conflict(self) -> list[str]:
-        """Fields in which the run that lies in the folder is another one."""
-        return differences(self.recipe.to_dict(), read_json(self.folder / "recipe.json"))
+    @property
+    def record(self) -> Path | None:
+        """The collected record of this very run."""
+        if self.records is None or changes_of_record(self.recipe.to_dict(), self.records) != []:
+            return None
+        return record_folder(self.recipe.to_dict(), self.records)
+
+    def conflict(self) -> str:
+        """Where a run of another recipe has the place of this one, and in which fields it differs; empty if none."""
+        recipe = self.recipe.to_dict()
+        lies = self.folder / "recipe.json"
+        changes = {self.folder: differences(recipe, read_json(lies)) if lies.exists() else None}
+        if self.records is not None:
+            changes[record_folder(recipe, self.records)] = changes_of_record(recipe, self.records)
+        return "; ".join(
+            f"{place} holds a run of another recipe ({'; '.join(fields)})"
+            for place, fields in changes.items()
+            if fields
+        )
 
     def epochs_done(self) -> float:
         evaluations = self._evaluations()
@@ -109,8 +138,11 @@ class Run:
         evaluations = self._evaluations()
         return evaluations[-1]["top1"] if evaluations else None
 
-    def _evaluations(self) -> Sequence[dict[str, Any]]:
-        return [record for record in read_metrics(self.folder / "metrics.jsonl") if record["kind"] == "eval"]
+    def _evaluations(self) -> Sequence[Mapping[str, Any]]:
+        lies = self.folder / "metrics.jsonl"
+        if not lies.exists() and self.record is not None:
+            return RunRecord.read(self.record).evaluations
+        return [record for record in read_metrics(lies) if record["kind"] == "eval"]
 
 
 # --- what there is to run ---------------------------------------------------------------------------------------------
@@ -130,9 +162,12 @@ def planned_runs(study: Study, config: CompareConfig) -> list[Run]:
     plan = [(row, seeds[row.name][k]) for k in rounds for row in study.rows if k < len(seeds[row.name])]
     needed: dict[tuple[str, int], Run] = {}
     for row, seed in plan[int(shard) - 1 :: int(shards)]:
+        run = Run(resolve(row, seed, study, config), config.records)
         teacher = teacher_of(row, study)
-        for each, its_seed in ([(teacher, teacher.recipe.run.seed)] if teacher else []) + [(row, seed)]:
-            needed.setdefault((each.name, its_seed), Run(resolve(each, its_seed, study, config)))
+        if teacher is not None and run.state() not in ("done", "collected"):
+            its_seed = teacher.recipe.run.seed
+            needed[teacher.name, its_seed] = Run(resolve(teacher, its_seed, study, config))
+        needed.setdefault((row.name, seed), run)
     return [*needed.values()]
 
 
@@ -226,17 +261,13 @@ def run_all(study: Study, runs: Sequence[Run], command: Callable[[Run], list[str
     with Child() as child:
         for position, run in enumerate(runs, start=1):
             state = run.state()
-            if state == "done":
+            if state in ("done", "collected"):
                 done_before += 1
                 continue
             at = f"[{position}/{len(runs)}] {run}"
             if state == "another recipe":
                 failed.append(run)
-                print(
-                    f"{at}: {run.folder} holds a run of another recipe ({'; '.join(run.conflict())}); "
-                    "pass --output with another folder",
-                    flush=True,
-                )
+                print(f"{at}: {run.conflict()}; pass --output with another folder", flush=True)
                 continue
             print(f"{at}: {'starting' if state == 'missing' else 'resuming'}, log in {run.log}", flush=True)
             started = time.monotonic()
@@ -275,12 +306,12 @@ def show(runs: Sequence[Run]) -> str:
     return markdown_table(["recipe", "seed", "state", "epochs", "top-1", "folder"], rows)
 
 
-def report(study: Study, runs: Sequence[Run], results: Path) -> Path:
+def report(study: Study, runs: Sequence[Run], config: CompareConfig) -> Path:
     """Collect the records of the finished runs among `runs`, and make the page from all that were ever collected."""
     for run in runs:
-        if run.state() == "done" and collect(run.folder, results):
+        if run.state() == "done" and collect(run.folder, config.records):
             print(f"collected {run}")
-    return write_report(study, results)
+    return write_report(study, config.records, config.pages / study.name)
 
 
 def main(config: CompareConfig, studies: dict[str, Study] = STUDIES) -> None:
@@ -299,8 +330,7 @@ def main(config: CompareConfig, studies: dict[str, Study] = STUDIES) -> None:
     if config.list:
         print(show(runs))
     elif config.report:
-        results = config.results or (config.output / "results" if config.output else RESULTS / study.name)
-        print(report(study, runs, results))
+        print(report(study, runs, config))
     else:
         run_all(study, runs, lambda run: command_of(run, config))
 

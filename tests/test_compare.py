@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
@@ -19,7 +20,7 @@ from compare import CompareConfig, Run, command_of, planned_runs, resolve, run_a
 from studies import STUDIES
 
 from tffd_zoo.recipe import vary
-from tffd_zoo.report import Row, Study
+from tffd_zoo.report import Row, Study, collect
 from tffd_zoo.tasks import TeacherConfig
 
 STUDY = Study("trial", "does it help?", (Row(PLAIN, "cross-entropy"), Row(TFFD, "Tf-FD", twin="plain")), seeds=(0, 1))
@@ -229,7 +230,7 @@ def test_a_report_is_rebuilt_from_collected_records_alone(tmp_path: Path, capsys
         done.rename(runs / vary(recipe, recipe.name, run={"seed": 0}).folder.name)
     config = CompareConfig("trial", report=True, output=runs)
     compare.main(config, {"trial": STUDY})
-    page = runs / "results" / "README.md"
+    page = runs / "results" / "trial" / "README.md"
     first = page.read_bytes()
     assert "`tffd` (+1.00)" in page.read_text()
     assert "collected plain seed 0" in capsys.readouterr().out
@@ -238,6 +239,41 @@ def test_a_report_is_rebuilt_from_collected_records_alone(tmp_path: Path, capsys
     elsewhere = CompareConfig("trial", report=True, output=tmp_path / "nothing", results=runs / "results")
     compare.main(elsewhere, {"trial": STUDY})
     assert page.read_bytes() == first
+
+
+def test_a_collected_run_is_not_made_again_when_its_folder_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: dict[str, Any] = {"results": tmp_path / "results", "seeds": (0,)}
+    records = tmp_path / "results" / "records"
+    for run in plan(tmp_path, TAUGHT, **flags):
+        if run.recipe.name != "tffd":
+            collect(write_run(tmp_path / "made", run.recipe, run.recipe.run.seed, 60.0), records)
+    calls = tmp_path / "calls"
+    run_all(TAUGHT, plan(tmp_path, TAUGHT, **flags), trainer(calls))
+    assert called(calls) == ["tffd-s0"]
+    assert capsys.readouterr().out.splitlines()[-1] == "taught: 4 runs, 1 done now, 3 before, 0 failed"
+    compare.main(CompareConfig("taught", list=True, output=tmp_path / "runs", **flags), {"taught": TAUGHT})
+    rows = [[cell.strip() for cell in line.split("|")[1:6]] for line in capsys.readouterr().out.splitlines()]
+    assert ["offline", "0", "collected", "2 of 2", "60.00"] in rows
+
+
+def test_a_collected_teacher_is_trained_again_when_a_student_still_needs_its_weights(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"results": tmp_path / "results", "seeds": (0,)}
+    teacher = plan(tmp_path, TAUGHT, **flags)[0]
+    collect(write_run(tmp_path / "made", teacher.recipe, 100, 60.0), tmp_path / "results" / "records")
+    assert [run.state() for run in plan(tmp_path, TAUGHT, **flags)] == ["missing"] * 4
+
+
+def test_a_record_of_another_recipe_stops_a_run_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collect(write_run(tmp_path / "made", vary(PLAIN, "plain", optim={"lr": 0.2}), 0, 60.0), tmp_path / "records")
+    calls = tmp_path / "calls"
+    with pytest.raises(SystemExit):
+        run_all(STUDY, plan(tmp_path, results=tmp_path, seeds=(0,)), trainer(calls))
+    assert called(calls) == ["tffd-s0"]
+    assert "plain-s0 holds a run of another recipe (optim.lr: 0.2 there, 0.1 here)" in capsys.readouterr().out
 
 
 def test_a_study_or_recipe_that_does_not_exist_is_refused_with_those_that_do() -> None:
@@ -258,6 +294,6 @@ def test_a_study_trains_and_reports_from_end_to_end(
     compare.main(CompareConfig("digits", **flags))
     assert "2 runs, 2 done now, 0 before, 0 failed" in capsys.readouterr().out
     compare.main(CompareConfig("digits", report=True, **flags))
-    page = (tmp_path / "results" / "README.md").read_text()
+    page = (tmp_path / "results" / "digits" / "README.md").read_text()
     assert "1,380 images held out of split `train` of digits" in page
     assert "`digits-share`" in page

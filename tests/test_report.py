@@ -36,11 +36,16 @@ TOP1 = {
 
 
 def collect_all(tmp_path: Path, seeds: int = 3, names: tuple[str, ...] = tuple(TOP1)) -> Path:
-    results = tmp_path / "results"
+    """The folder of the collected records."""
+    records = tmp_path / "results" / "records"
     for row in STUDY.rows:
         for seed in range(seeds if row.name in names else 0):
-            collect(write_run(tmp_path / "runs", row.recipe, seed, TOP1[row.name][seed]), results)
-    return results
+            collect(write_run(tmp_path / "runs", row.recipe, seed, TOP1[row.name][seed]), records)
+    return records
+
+
+def report(records: Path) -> Path:
+    return write_report(STUDY, records, records.parent / "trial")
 
 
 def table_row(page: str, name: str, section: str) -> list[str]:
@@ -101,7 +106,7 @@ def test_differences_are_taken_between_runs_with_one_seed() -> None:
 
 
 def test_the_tables_show_hand_worked_means_differences_and_intervals(tmp_path: Path) -> None:
-    page = write_report(STUDY, collect_all(tmp_path)).read_text()
+    page = report(collect_all(tmp_path)).read_text()
 
     assert table_row(page, "plain", "Accuracy")[2:] == ["2", "3", "61.00", "1.00", "62.00", "1.00", "69.06 [1]"]
     # differences 1.0, 1.1, 0.9: mean 1, sd 0.1, half-width 4.3027 * 0.1 / sqrt(3) = 0.248
@@ -116,7 +121,7 @@ def test_the_tables_show_hand_worked_means_differences_and_intervals(tmp_path: P
 
 
 def test_the_sentences_say_what_is_significant_and_what_is_not(tmp_path: Path) -> None:
-    page = write_report(STUDY, collect_all(tmp_path)).read_text()
+    page = report(collect_all(tmp_path)).read_text()
     assert "Better than the twin, the whole interval above zero: `tffd` (+1.00)." in page
     assert "Worse than the twin, the whole interval below zero: `worse` (-1.00)." in page
     assert "Not significant, zero lies in the interval: `noisy` (+0.00)." in page
@@ -129,7 +134,7 @@ def test_the_sentences_say_what_is_significant_and_what_is_not(tmp_path: Path) -
 
 
 def test_one_seed_gets_no_interval_and_no_claim(tmp_path: Path) -> None:
-    page = write_report(STUDY, collect_all(tmp_path, seeds=1, names=("plain", "tffd"))).read_text()
+    page = report(collect_all(tmp_path, seeds=1, names=("plain", "tffd"))).read_text()
     assert table_row(page, "tffd", "Against the twin")[2:5] == ["1", "+1.00", "none, n = 1"]
     assert "nothing can be said of significance: `tffd` (+1.00)" in page
     assert "Better than" not in page
@@ -138,32 +143,34 @@ def test_one_seed_gets_no_interval_and_no_claim(tmp_path: Path) -> None:
 
 def test_held_out_images_are_not_called_the_test_set(tmp_path: Path) -> None:
     recipe = vary(PLAIN, "plain", data={"holdout": 5000})
-    collect(write_run(tmp_path / "runs", recipe, 0, 60.0), tmp_path / "results")
-    page = write_report(STUDY, tmp_path / "results").read_text()
+    collect(write_run(tmp_path / "runs", recipe, 0, 60.0), tmp_path / "records")
+    page = report(tmp_path / "records").read_text()
     assert "5,000 images held out of split `train` of uoft-cs/cifar100 (for choosing settings" in page
     assert "images of split `test`" not in page
 
 
 def test_a_rebuilt_report_is_equal_byte_for_byte(tmp_path: Path) -> None:
-    results = collect_all(tmp_path)
-    write_report(STUDY, results)
+    records = collect_all(tmp_path)
+    page = report(records)
     files = ("README.md", "curves.png", "gains.png", "shares.png")
-    first = {name: (results / name).read_bytes() for name in files}
+    first = {name: (page.parent / name).read_bytes() for name in files}
     elsewhere = tmp_path / "clone" / "of" / "it"
-    shutil.copytree(results, elsewhere, ignore=shutil.ignore_patterns(*files))
-    write_report(STUDY, elsewhere)
-    assert {name: (elsewhere / name).read_bytes() for name in files} == first
+    shutil.copytree(records, elsewhere / "records")
+    again = report(elsewhere / "records")
+    assert again.parent == elsewhere / "trial"
+    assert {name: (again.parent / name).read_bytes() for name in files} == first
     assert all(b"Matplotlib" not in first[name] for name in files[1:])
 
 
 def test_a_report_follows_its_records(tmp_path: Path) -> None:
-    results = collect_all(tmp_path)
-    before = write_report(STUDY, results).read_bytes()
-    metrics = results / "tffd-s0" / "metrics.jsonl"
+    records = collect_all(tmp_path)
+    page = report(records)
+    before = page.read_bytes()
+    metrics = records / "tffd-s0" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"top1": 61.0', '"top1": 61.5'))
-    pictures = {name: (results / name).read_bytes() for name in ("curves.png", "gains.png")}
-    assert write_report(STUDY, results).read_bytes() != before
-    assert all((results / name).read_bytes() != picture for name, picture in pictures.items())
+    pictures = {name: (page.parent / name).read_bytes() for name in ("curves.png", "gains.png")}
+    assert report(records).read_bytes() != before
+    assert all((page.parent / name).read_bytes() != picture for name, picture in pictures.items())
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -174,8 +181,8 @@ def test_collected_records_keep_no_path_of_this_machine(tmp_path: Path) -> None:
     here.mkdir(parents=True)
     recipe = vary(TFFD, "tffd", data={"source": str(here)})
     run = write_run(tmp_path / "runs", recipe, 0, 60.0, data={"source": str(here)})
-    assert collect(run, tmp_path / "results")
-    texts = [path.read_text() for path in (tmp_path / "results" / "tffd-s0").iterdir()]
+    assert collect(run, tmp_path / "records")
+    texts = [path.read_text() for path in (tmp_path / "records" / "tffd-s0").iterdir()]
     assert len(texts) == 4
     assert not any(str(tmp_path) in text for text in texts)
     assert any('"source": "cifar100"' in text for text in texts)
@@ -183,17 +190,17 @@ def test_collected_records_keep_no_path_of_this_machine(tmp_path: Path) -> None:
 
 def test_collecting_again_changes_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs", TFFD, 0, 60.0)
-    assert collect(run, tmp_path / "results")
+    assert collect(run, tmp_path / "records")
     (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace("60.0", "99.0"))
-    assert not collect(run, tmp_path / "results")
-    assert "99.0" not in (tmp_path / "results" / "tffd-s0" / "metrics.jsonl").read_text()
+    assert not collect(run, tmp_path / "records")
+    assert "99.0" not in (tmp_path / "records" / "tffd-s0" / "metrics.jsonl").read_text()
 
 
 def test_a_run_of_another_recipe_does_not_take_the_place_of_a_collected_one(tmp_path: Path) -> None:
-    collect(write_run(tmp_path / "runs", TFFD, 0, 60.0), tmp_path / "results")
+    collect(write_run(tmp_path / "runs", TFFD, 0, 60.0), tmp_path / "records")
     longer = write_run(tmp_path / "others", vary(TFFD, "tffd", optim={"lr": 0.2}), 0, 70.0)
     with pytest.raises(ValueError, match=r"another recipe \(optim.lr: 0.1 there, 0.2 here\); pass --results"):
-        collect(longer, tmp_path / "results")
+        collect(longer, tmp_path / "records")
 
 
 def test_an_unfinished_run_is_not_collected(tmp_path: Path) -> None:
@@ -201,32 +208,32 @@ def test_an_unfinished_run_is_not_collected(tmp_path: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:3]))
     with pytest.raises(ValueError, match="has not ended"):
-        collect(run, tmp_path / "results")
-    assert not (tmp_path / "results").exists()
+        collect(run, tmp_path / "records")
+    assert not (tmp_path / "records").exists()
 
 
 def test_a_record_that_is_missing_or_damaged_stops_the_report(tmp_path: Path) -> None:
-    results = collect_all(tmp_path, names=("plain", "tffd"))
-    (results / "tffd-s1" / "data.json").write_text('{"source": ')
+    records = collect_all(tmp_path, names=("plain", "tffd"))
+    (records / "tffd-s1" / "data.json").write_text('{"source": ')
     with pytest.raises(ValueError, match=r"a record in .*tffd-s1 is damaged"):
-        write_report(STUDY, results)
-    (results / "tffd-s1" / "data.json").unlink()
+        report(records)
+    (records / "tffd-s1" / "data.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"data\.json"):
-        write_report(STUDY, results)
+        report(records)
 
 
 def test_runs_on_different_images_are_not_compared(tmp_path: Path) -> None:
-    results = tmp_path / "results"
-    collect(write_run(tmp_path / "runs", PLAIN, 0, 60.0), results)
+    records = tmp_path / "records"
+    collect(write_run(tmp_path / "runs", PLAIN, 0, 60.0), records)
     others = {"eval": {"split": "train", "images": 5000, "fingerprint": "c"}}
-    collect(write_run(tmp_path / "runs", TFFD, 0, 61.0, data=others), results)
+    collect(write_run(tmp_path / "runs", TFFD, 0, 61.0, data=others), records)
     with pytest.raises(ValueError, match="'tffd' and its twin 'plain', seed 0, saw other images in eval"):
-        write_report(STUDY, results)
+        report(records)
 
 
 def test_a_study_without_runs_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no finished run of study 'trial'"):
-        write_report(STUDY, tmp_path)
+        report(tmp_path)
 
 
 def test_a_twin_has_to_be_another_recipe_of_the_study() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +20,22 @@ from .study import Row, Study
 
 PAGE = "README.md"
 NONE = "-"
+RECORD = re.compile(r"-s\d+$")
 
 
-def write_report(study: Study, results: Path) -> Path:
-    """Write the page and its pictures beside the records that `collect` put into `results`, and return the page.
+def write_report(study: Study, records: Path, results: Path) -> Path:
+    """Write the page and its pictures to `results`, from the records that `collect` put into `records`.
 
     The same records give the same bytes, the pictures' too with the same matplotlib.
 
     Raises:
         FileNotFoundError: there is no record of any run of the study.
         ValueError: records are damaged, or two runs that are compared saw other data.
+
+    Returns:
+        The page.
     """
-    runs = _Runs.read(study, results)
+    runs = _Runs.read(study, records)
     figures = {"gains.png": _gains_figure, "curves.png": _curves_figure, "shares.png": _shares_figure}
     pictures = []
     with house_style():
@@ -56,24 +61,20 @@ class _Runs:
 
     study: Study
     by_name: Mapping[str, Mapping[int, RunRecord]]
-    strangers: Sequence[str]
-    """Folders of recipes that the study does not have."""
 
     @classmethod
-    def read(cls, study: Study, results: Path) -> _Runs:
-        by_name: dict[str, dict[int, RunRecord]] = {row.name: {} for row in study.rows}
-        strangers = []
-        for folder in sorted(path for path in results.glob("[!.]*") if path.is_dir()):
-            run = RunRecord.read(folder)
-            if run.name in by_name:
-                by_name[run.name][run.seed] = run
-            else:
-                strangers.append(folder.name)
+    def read(cls, study: Study, records: Path) -> _Runs:
+        by_name = {row.name: cls._of_recipe(row.name, records) for row in study.rows}
         if not any(by_name.values()):
-            raise FileNotFoundError(f"{results} holds no finished run of study '{study.name}': run the study first")
-        runs = cls(study, {name: dict(sorted(seeds.items())) for name, seeds in by_name.items()}, strangers)
+            raise FileNotFoundError(f"{records} holds no finished run of study '{study.name}': run the study first")
+        runs = cls(study, by_name)
         runs._check_pairs()
         return runs
+
+    @staticmethod
+    def _of_recipe(name: str, records: Path) -> dict[int, RunRecord]:
+        runs = [RunRecord.read(folder) for folder in records.glob(f"{name}-s*") if RECORD.sub("", folder.name) == name]
+        return {run.seed: run for run in sorted(runs, key=lambda run: run.seed)}
 
     def _check_pairs(self) -> None:
         for row, seed, ours, theirs in self.pairs():
@@ -128,7 +129,7 @@ def _render(runs: _Runs, pictures: Sequence[str]) -> str:
     study = runs.study
     sections = [
         f"# {study.name}: {study.question}",
-        f"Made by `python recipes/compare.py {study.name} --report` from the records in this folder: every figure and "
+        f"Made by `python recipes/compare.py {study.name} --report` from the collected records: every figure and "
         f"every sentence below comes from them. {_evaluated_on(runs)}",
         "## Accuracy\n\n" + _accuracy(runs),
         *(["## Against the twin\n\n" + _against_twin(runs, pictures)] if runs.compared else []),
@@ -351,8 +352,6 @@ def _conditions(runs: _Runs) -> str:
     ]
     if missing:
         lines.append(f"**not run yet**: {_joined(missing)}")
-    if runs.strangers:
-        lines.append(f"in this folder, but no part of the study: {_joined(f'`{name}`' for name in runs.strangers)}")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -91,8 +91,22 @@ class RunRecord:
         return found
 
 
-def collect(run: Path, results: Path) -> bool:
-    """Copy the records of a finished run to `results`/<recipe>-s<seed>, with the paths of this machine cut.
+def record_folder(recipe: Mapping[str, Any], records: Path) -> Path:
+    """Where among `records` the record of a run of `recipe` lies, or would."""
+    return records / f"{recipe['name']}-s{recipe['run']['seed']}"
+
+
+def changes_of_record(recipe: Mapping[str, Any], records: Path) -> list[str] | None:
+    """Fields in which the collected record with the name and seed of `recipe` is of another recipe; None without one.
+
+    Places count for nothing: they have other names on every machine, and `data.json` says which images they were.
+    """
+    recorded = record_folder(recipe, records) / "recipe.json"
+    return differences(_placeless(recipe), _placeless(read_json(recorded))) if recorded.exists() else None
+
+
+def collect(run: Path, records: Path) -> bool:
+    """Copy the records of a finished run to `records`/<recipe>-s<seed>, with the paths of this machine cut.
 
     What is there already stays: a report never changes under the reader's eyes.
 
@@ -103,25 +117,28 @@ def collect(run: Path, results: Path) -> bool:
         ValueError: `run` has not ended, or the place holds a run of another recipe.
     """
     record = RunRecord.read(run)
-    recipe = without_local_paths(record.recipe)
-    destination = results / f"{record.name}-s{record.seed}"
-    if destination.exists():
-        changed = differences(_comparable(recipe), _comparable(read_json(destination / "recipe.json")))
-        if changed:
-            raise ValueError(
-                f"{destination} holds a run of another recipe ({'; '.join(changed)}); "
-                "pass --results with another folder, or remove it"
-            )
+    destination = record_folder(record.recipe, records)
+    changes = changes_of_record(record.recipe, records)
+    if changes:
+        raise ValueError(
+            f"{destination} holds a run of another recipe ({'; '.join(changes)}); "
+            "pass --results with another folder, or remove it"
+        )
+    if changes is not None:
         return False
     data = {key: value for key, value in record.data.items() if key != "label_names"}
     with replacing_folder(destination) as aside:
-        write_json(aside / "recipe.json", recipe)
+        write_json(aside / "recipe.json", without_local_paths(record.recipe))
         write_json(aside / "environment.json", without_local_paths(record.environment))
         write_json(aside / "data.json", without_local_paths(data))
         (aside / METRICS).write_text("".join(json.dumps(line) + "\n" for line in record.metrics))
     return True
 
 
-def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without the place of its data, which has another name on every machine; `data.json` says what it was."""
-    return {**recipe, "data": {**recipe["data"], "source": None}}
+def _placeless(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    teacher = recipe.get("teacher")
+    return {
+        **recipe,
+        "data": {**recipe["data"], "source": None},
+        "teacher": teacher and {**teacher, "weights": teacher["weights"] and Path(teacher["weights"]).name},
+    }
