@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from train_cifar100 import PRESETS, SHORT_PLAIN, SHORT_TFFD
 
 import tffd_zoo
+from tffd_zoo.allocator import keep_freed_memory
 from tffd_zoo.atomic import replacing_file
 from tffd_zoo.cards import markdown_table
 from tffd_zoo.cli import run_cli
@@ -450,6 +451,7 @@ def main(config: BenchmarkConfig) -> None:
 
 @contextmanager
 def _bench(config: BenchmarkConfig) -> Iterator[Bench]:
+    keep_freed_memory()  # as the recipes do
     with tempfile.TemporaryDirectory() as scratch:
         yield Bench(config, open_source(config.data, "test"), Accelerator(), Path(scratch))
 

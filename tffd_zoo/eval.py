@@ -30,6 +30,7 @@ from timm.models._hub import hf_split
 from torch import nn
 
 from . import models  # noqa: F401 (registers the zoo's architectures with timm)
+from .allocator import keep_freed_memory
 from .atomic import replacing_file
 from .cards import markdown_table
 from .cli import run_cli
@@ -89,6 +90,7 @@ def main(config: EvalConfig) -> None:
         raise ValueError("name at least one model, for example tffd_resnet20")
     for name in config.models:
         check_model_name(name)
+    keep_freed_memory()
     state, device = _processes_and_device(config.device)
     with state.main_process_first():  # one process downloads, the others find it there
         source = open_source(

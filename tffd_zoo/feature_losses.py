@@ -8,7 +8,7 @@ features of different shapes to those that a loss can compare.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,25 @@ def l2(student: Tensor, target: Tensor, reduction: Reduction = "mean") -> Tensor
         ValueError: if the shapes differ or the reduction is unknown.
     """
     _require_same_shape("l2", student, target)
-    if reduction == "mean":
-        return F.mse_loss(student.float(), target.float())
-    if reduction == "sum":
-        return F.mse_loss(student.float(), target.float(), reduction="sum") / student.shape[0]
-    raise ValueError(f"unknown reduction '{reduction}'; choose 'mean' or 'sum'")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"unknown reduction '{reduction}'; choose 'mean' or 'sum'")
+    squares: Tensor = _SquaredError.apply(student.float(), target.float())
+    return squares / (student.numel() if reduction == "mean" else student.shape[0])
+
+
+class _SquaredError(torch.autograd.Function):
+    """sum (s - t)^2: F.mse_loss, whose own backward pass gives channels_last features a gradient in NCHW."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(student, target)
+        return F.mse_loss(student, target, reduction="sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        student, target = ctx.saved_tensors
+        grad = (student - target).mul_(2 * grads[0])
+        return grad, -grad if ctx.needs_input_grad[1] else None
 
 
 def ab(student: Tensor, target: Tensor, margin: float = 2.0) -> Tensor:
@@ -129,7 +143,8 @@ def align(student: Tensor, target: Tensor, loss: FeatureLoss) -> tuple[Tensor, T
         raise ValueError(f"unknown feature loss '{loss}'; choose one of {', '.join(FEATURE_LOSSES)}")
     if loss in _SAME_CHANNELS:  # first, so that no channel is pooled in vain
         channels = min(student.shape[1], target.shape[1])
-        student, target = student[:, :channels], target[:, :channels]
+        # A slice of all channels changes nothing, but its gradient would be written into zeros of the full size.
+        student, target = (each if each.shape[1] == channels else each[:, :channels] for each in (student, target))
     if loss in _SAME_SIZE:
         size = (min(student.shape[2], target.shape[2]), min(student.shape[3], target.shape[3]))
         student, target = _pool(student, size), _pool(target, size)
@@ -158,9 +173,24 @@ def _pool(features: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = features.shape[2:]
     if (height, width) == size:
         return features
-    if height % size[0] == 0 and width % size[1] == 0:  # windows of one size: the same means from a faster kernel
-        return F.avg_pool2d(features, (height // size[0], width // size[1]))
+    if height % size[0] == 0 and width % size[1] == 0:
+        pooled: Tensor = _MeanPool.apply(features, (height // size[0], width // size[1]))
+        return pooled
     return F.adaptive_avg_pool2d(features, size)
+
+
+class _MeanPool(torch.autograd.Function):
+    """Mean over windows that tile the map: F.avg_pool2d, whose own backward pass copies channels_last maps twice."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, window: tuple[int, int]) -> Tensor:
+        ctx.window = window
+        return F.avg_pool2d(features, window)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        height, width = ctx.window
+        return F.interpolate(grads[0] / (height * width), scale_factor=(height, width), mode="nearest"), None
 
 
 def _attention(features: Tensor) -> Tensor:

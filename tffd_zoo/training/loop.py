@@ -24,6 +24,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
+from ..allocator import keep_freed_memory
 from ..data import Batch, Loader
 from ..eval import check_architecture
 from ..evaluation import EvalResult, NonFiniteLogits, evaluate
@@ -59,6 +60,7 @@ def train(recipe: Recipe) -> Path:
     optim, run = recipe.optim, recipe.run
 
     # --- process and seed ---------------------------------------------------------------------------------------------
+    keep_freed_memory()
     accelerator = Accelerator(
         mixed_precision=run.precision,
         log_with=list(run.trackers) or None,

@@ -1,0 +1,36 @@
+"""Freed memory is kept: counted in page faults, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+COUNT = """
+import resource, sys
+import torch
+from tffd_zoo.allocator import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(2):
+    torch.ones(2**23)  # 32 MiB: 8192 pages
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+for _ in range(5):
+    torch.ones(2**23)
+print(faults() - before)
+"""
+
+
+def page_faults(how: str) -> int:
+    run = subprocess.run([sys.executable, "-c", COUNT, how], check=True, capture_output=True, text=True)
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_memory_that_is_freed_is_not_asked_of_the_system_again() -> None:
+    kept, given_back = page_faults("kept"), page_faults("given back")
+    assert kept < 1000
+    assert given_back > 5 * kept
