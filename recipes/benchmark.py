@@ -129,23 +129,23 @@ class TrainingStep:
 def steps(bench: Bench) -> Iterator[Row]:
     """Tf-FD's step over the plain one."""
     pair = {"tffd": SHORT_TFFD, "plain": SHORT_PLAIN}
-    times = interleave({k: TrainingStep(r, bench, compiled=True) for k, r in pair.items()}, bench.rounds(30), warmup=3)
+    times = interleave({k: TrainingStep(r, bench, compiled=True) for k, r in pair.items()}, bench.rounds(60), warmup=4)
     yield compare("steps", "ResNet-20, batch 128, compiled", times["tffd"], times["plain"], bound="<=", target=1.02)
-    layouts = {"channels_last": CHANNELS_LAST, "NCHW": NCHW}
+    formats = {"channels_last": CHANNELS_LAST, "NCHW": NCHW}
     times = interleave(
         {
             f"{k} {name}": TrainingStep(r, bench, layout=layout)
             for k, r in pair.items()
-            for name, layout in layouts.items()
+            for name, layout in formats.items()
         },
-        bench.rounds(15),
+        bench.rounds(25),
     )
-    best = {k: min((times[f"{k} {name}"] for name in layouts), key=statistics.median) for k in pair}
+    best = {k: min((times[f"{k} {name}"] for name in formats), key=statistics.median) for k in pair}
     yield compare(
         "steps", "ResNet-20, batch 128, eager, each in its best layout", best["tffd"], best["plain"],
         bound="<=", target=1.05,
     )  # fmt: skip
-    for model, size, batch, rounds in (("tffd_resnet18", 64, 64, 10), ("tffd_resnet50", 224, 8, 8)):
+    for model, size, batch, rounds in (("tffd_resnet18", 64, 64, 20), ("tffd_resnet50", 224, 8, 12)):
         changes: dict[str, Any] = {"model": model, "data": {"image_size": size}, "optim": {"batch_size": batch}}
         recipes = {
             "tffd": vary(train_imagenet.TFFD, "tffd", **changes),
@@ -156,6 +156,25 @@ def steps(bench: Bench) -> Iterator[Row]:
             "steps", f"{model.removeprefix('tffd_')} at {size} px, batch {batch}, eager", times["tffd"],
             times["plain"], bound="<=", target=1.02,
         )  # fmt: skip
+
+
+def layouts(bench: Bench) -> Iterator[Row]:
+    """A plain eager step in channels_last over one in NCHW: what the default layout of an architecture rests on."""
+    cases = (
+        ("resnet20", 32, 128), ("resnet56", 32, 64), ("resnet110", 32, 32), ("resnet8x4", 32, 64),
+        ("resnet32x4", 32, 32), ("wrn16_2", 32, 64), ("wrn40_2", 32, 32), ("vgg8", 32, 64), ("vgg13", 32, 64),
+        ("resnet18", 32, 128), ("resnet18", 224, 8), ("resnet50", 224, 4),
+    )  # fmt: skip
+    for name, size, batch in cases:
+        changes: dict[str, Any] = {
+            "model": f"tffd_{name}", "data": {"image_size": size}, "optim": {"batch_size": batch},
+        }  # fmt: skip
+        recipe = vary(SHORT_PLAIN, name, **changes)
+        steps: dict[str, Step] = {
+            "last": TrainingStep(recipe, bench, layout=CHANNELS_LAST), "first": TrainingStep(recipe, bench, layout=NCHW)
+        }  # fmt: skip
+        times = interleave(steps, bench.rounds(6), warmup=1)
+        yield compare("layouts", f"{name} at {size} px, batch {batch}", times["last"], times["first"])
 
 
 def memory(bench: Bench) -> Iterator[Row]:
@@ -365,7 +384,7 @@ def growth(bench: Bench) -> Iterator[Row]:
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    part.__name__: part for part in (steps, memory, methods, salience, feeding, evaluation, importing, growth)
+    part.__name__: part for part in (steps, layouts, memory, methods, salience, feeding, evaluation, importing, growth)
 }
 
 # --- the page ---------------------------------------------------------------------------------------------------------

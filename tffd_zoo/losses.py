@@ -61,12 +61,12 @@ def stage_pairs(stages: int, which: StagePairs = "all") -> tuple[tuple[int, int]
 
 
 def _take_channels(features: Tensor, channels: Tensor) -> Tensor:
-    """features[:, channels] in the layout of `features`; index_select alone would copy channels_last to NCHW first."""
+    """features[:, channels] in the layout of `features`, by what is fastest in it."""
     if features.is_contiguous() or not features.is_contiguous(memory_format=torch.channels_last):
         return features.index_select(1, channels)
-    batch, count, height, width = features.shape
-    pixels = features.permute(0, 2, 3, 1).reshape(-1, count).index_select(1, channels)
-    return pixels.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    # index_select would copy to NCHW first, and takes twice as long where the channels lie side by side.
+    pixels = features.permute(0, 2, 3, 1)
+    return pixels.gather(3, channels.expand(*pixels.shape[:3], -1)).permute(0, 3, 1, 2)
 
 
 class _PairedSquaredError(torch.autograd.Function):
