@@ -31,7 +31,7 @@ class Row:
     n: int
     """Pairs."""
     unit: str = "x"
-    """`x` is a ratio; `ms` a time."""
+    """`x` is a ratio; `ms` a time; `images/s` a rate."""
     seconds: tuple[float, float] | None = None
     """Median times of the two, where they were timed."""
     bound: Literal["<=", ">="] | None = None
