@@ -18,6 +18,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from test_atomic import disk_that_takes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tffd_zoo.cli import guard
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, differences, recipe_from_cli, vary
@@ -56,6 +57,30 @@ def assert_same_weights(one: Path, other: Path, kind: str = "last") -> None:
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     timed = ("images_per_second", "seconds", "hours")
     return [{k: v for k, v in record.items() if not k.endswith(timed)} for record in records]
+
+
+# --- the hot path -----------------------------------------------------------------------------------------------------
+
+
+class _Readings(TorchDispatchMode):
+    """Counts how often Python asks for the value of a tensor: on a GPU each time waits for all that is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_steps_between_two_log_lines_wait_for_no_more_values(tmp_path: Path) -> None:
+    counts = []
+    for steps in (2, 10):
+        with _Readings() as readings:
+            train(recipe(tmp_path / str(steps), run={"log_every": 100, "checkpoint_every": 100, "max_steps": steps}))
+        counts.append(readings.count)
+    assert counts[0] == counts[1] > 0
 
 
 # --- stop and resume --------------------------------------------------------------------------------------------------

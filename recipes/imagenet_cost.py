@@ -1,0 +1,148 @@
+"""What training on ImageNet costs with and without Tf-FD, on paper: from the ratios that benchmark.py measured.
+
+    python recipes/imagenet_cost.py --jpeg FOLDER     FOLDER holds photographs, for the mean size of a file
+
+No run of this size was made. The page says what a machine has to deliver: images decoded, bytes read, activations and
+gradients moved; and what Tf-FD adds to it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from benchmark import RESULTS
+from timing import Row
+from timm import create_model
+
+from tffd_zoo.atomic import replacing_file
+from tffd_zoo.cards import markdown_table
+from tffd_zoo.cli import run_cli
+from tffd_zoo.data import open_source
+from tffd_zoo.evaluation import model_cost
+from tffd_zoo.stages import find_stages
+
+# Images for training and classes: Russakovsky et al., IJCV 2015 (1k); Deng et al., CVPR 2009, as image-net.org counts
+# the release of autumn 2011 (21k).
+DATASETS = {"ImageNet-1k": (1_281_167, 1000, 100), "ImageNet-21k": (14_197_122, 21_841, 30)}
+MODELS = ("tffd_resnet18", "tffd_resnet50")
+SPEEDS = (1_000, 10_000)
+PROCESSES = 8
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """Write the page about ImageNet's cost beside the benchmark's."""
+
+    jpeg: str
+    """Photographs as ImageNet's, for the mean size of a file: a folder or a Hub id."""
+    jpeg_split: str = "validation"
+    """Split of the photographs."""
+    output: Path = RESULTS
+    """Folder of benchmark.json, and of the page."""
+
+
+def models_table() -> str:
+    """What one image costs a model, and what its gradients cost a step."""
+    rows = []
+    for name in MODELS:
+        model = create_model(name, num_classes=1000)
+        parameters, multiply_adds = model_cost(model, (3, 224, 224))
+        stages = find_stages(model)
+        with torch.no_grad():
+            features = model.eval().forward_intermediates(
+                torch.zeros(1, 3, 224, 224), indices=list(stages.indices), intermediates_only=True
+            )
+        floats = sum(feature.numel() for feature in features)
+        ring = 2 * (PROCESSES - 1) / PROCESSES
+        rows.append([
+            name,
+            f"{multiply_adds / 1e9:.2f} G",
+            f"{4 * floats / 1e6:.2f} MB",
+            f"{4 * ring * parameters / 1e6:.1f} MB",
+            f"{4 * ring * sum(stages.channels) / 1e3:.1f} KB",
+        ])  # fmt: skip
+    header = [
+        "model, 224 px", "multiply-adds forward, an image", "its stage features, float32",
+        f"gradients a step, {PROCESSES} processes", "Tf-FD's saliences a step",
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def data_table(file_bytes: float, decoded: Row | None, ratios: dict[str, Row]) -> str:
+    """What a whole run asks of the machine, at some speeds of plain training."""
+    cores = decoded.median / 2 if decoded else None  # of 2 workers
+    rows = []
+    for name, (images, classes, epochs) in DATASETS.items():
+        for speed in SPEEDS:
+            hours = images * epochs / speed / 3600
+            rows.append([
+                f"{name}: {images:,} images, {classes:,} classes",
+                f"{images * file_bytes / 1e9:,.0f} GB",
+                f"{epochs}",
+                f"{speed:,}",
+                f"{speed * file_bytes / 1e6:,.0f} MB/s",
+                "-" if cores is None else f"{speed / cores:,.0f}",
+                f"{hours:,.1f}",
+                *(f"{hours * ratio.median:,.1f}" for ratio in ratios.values()),
+            ])  # fmt: skip
+    header = [
+        "data", "files", "epochs", "images/s", "read", "cores that decode", "hours, plain",
+        *(f"hours, Tf-FD as {name}" for name in ratios),
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def page(config: CostConfig) -> str:
+    """The Markdown page.
+
+    Raises:
+        ValueError: the benchmark was not run.
+    """
+    place = config.output / "benchmark.json"
+    if not place.exists():
+        raise ValueError(f"{place} is missing: run recipes/benchmark.py first")
+    record = json.loads(place.read_text())
+    rows = [Row(**row) for row in record["rows"]]
+    photographs = open_source(config.jpeg, config.jpeg_split)
+    count = min(1000, len(photographs))
+    file_bytes = sum(len(photographs.image_bytes(index)) for index in range(count)) / count
+    decoded = next((row for row in rows if row.part == "streaming" and row.unit == "images/s"), None)
+    ratios = {row.what: row for row in rows if row.part == "steps" and "at 224 px" in row.what}
+    streamed = next((row for row in rows if row.part == "streaming" and row.unit == "x"), None)
+    measured = "; ".join(f"{row.what}: {row.median:.3f} ({row.low:.3f} to {row.high:.3f})" for row in ratios.values())
+    text = [
+        "# ImageNet on paper",
+        "Made by `python recipes/imagenet_cost.py` from `benchmark.json`; no run of this size was made, and no GPU was "
+        f"measured. Tf-FD over plain training, measured on {record['environment']['hardware']}: {measured}.",
+        "## What a model moves",
+        models_table(),
+        "The losses read the stage features and write their gradients in several passes, nothing else; on a GPU as on "
+        "a CPU that is bandwidth, not arithmetic. Gradients are those of ring all-reduce, float32, sent by each "
+        "process. Tf-FD has no parameters, so they stay as they are; what it adds is one sum over the processes of "
+        "one number a channel, so that all agree on the ranking.",
+        "## What a run asks for",
+        data_table(file_bytes, decoded, ratios),
+        f"A file is taken to be {file_bytes / 1e3:.0f} KB, the mean of {count:,} photographs. Images/s is the speed of "
+        "plain training that the accelerators reach, a premise and no measurement; the loader has to keep up with it, "
+        "and Tf-FD asks no more of it."
+        + (f" A core decodes and augments {decoded.median / 2:.0f} images/s." if decoded else "")
+        + (f" Streamed images come at {streamed.median:.2f} times the speed of those on the disk." if streamed else "")
+        + " ImageNet-21k has no place on many disks: `--streaming` reads it while it trains.",
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def main(config: CostConfig) -> None:
+    """Write the page."""
+    place = config.output / "imagenet.md"
+    text = page(config)
+    with replacing_file(place) as aside:
+        aside.write_text(text)
+    print(place)
+
+
+if __name__ == "__main__":
+    run_cli(main, CostConfig)
