@@ -98,7 +98,7 @@ class TrainingStep:
         model = create_model(recipe.model, num_classes=bench.source.num_classes)
         spec = image_spec(recipe, model)
         device = bench.accelerator.device
-        layout = memory_format(recipe, device) if layout is None else layout
+        layout = memory_format(recipe, bench.accelerator) if layout is None else layout
         task = make_task(recipe, model, spec, bench.source, batches_per_epoch=391)
         self.task: Any = task.to(device).to(memory_format=layout).train()
         if compiled:
@@ -259,7 +259,7 @@ def feeding(bench: Bench) -> Iterator[Row]:
     recipe = vary(SHORT_TFFD, "feeding", data={"source": bench.config.data}, run={"compile": False})
     step = TrainingStep(recipe, bench)
     sources = open_sources(recipe.data)
-    spec, layout = image_spec(recipe, step.task.get_eval_model()), memory_format(recipe, bench.accelerator.device)
+    spec, layout = image_spec(recipe, step.task.get_eval_model()), memory_format(recipe, bench.accelerator)
     loader = make_loaders(recipe, spec, *sources, layout, bench.accelerator).train
     batches = loader.epoch(0)
 

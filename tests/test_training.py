@@ -270,17 +270,21 @@ def test_accumulated_batches_give_the_step_of_the_larger_batch(tmp_path: Path) -
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_take_the_steps_of_one_with_tffd_on(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import sys; from pathlib import Path\n"
-        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "from test_training import two_process_recipe; from tffd_zoo.training import train\n"
-        "train(two_process_recipe(Path(sys.argv[1]), int(sys.argv[2])))\n"
-    )
+def on_two_processes(folder: Path, *lines: str) -> None:
+    """Run a script on two processes."""
+    script = folder / "two.py"
+    script.write_text("\n".join([f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]", *lines]))
     env = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, str(script), str(tmp_path / "two"), "2"], env=env, check=True, timeout=300)
+    subprocess.run([*launch, str(script)], env=env, check=True, timeout=300)
+
+
+def test_two_processes_take_the_steps_of_one_with_tffd_on(tmp_path: Path) -> None:
+    on_two_processes(
+        tmp_path,
+        "from pathlib import Path; from test_training import two_process_recipe; from tffd_zoo.training import train",
+        f"train(two_process_recipe(Path({str(tmp_path / 'two')!r}), 2))",
+    )
     train(two_process_recipe(tmp_path / "one", 1))
     one, two = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
     for name, value in one.items():
@@ -294,6 +298,47 @@ def test_two_processes_take_the_steps_of_one_with_tffd_on(tmp_path: Path) -> Non
     assert counts[0]["images"] == counts[1]["images"] == 360
     environment = (tmp_path / "two" / "environment.json").read_text()
     assert '"processes": 2' in environment
+
+
+def test_fsdp_takes_the_steps_of_ddp_and_resumes(tmp_path: Path) -> None:
+    for name, steps in (("ddp", 6), ("fsdp", 4), ("fsdp", 6)):
+        on_two_processes(
+            tmp_path,
+            "from pathlib import Path; from test_training import shard_on_cpus, sharded_recipe",
+            "from tffd_zoo.training import train",
+            "shard_on_cpus()" if name == "fsdp" else "",
+            f"train(sharded_recipe(Path({str(tmp_path / name)!r}), {steps}))",
+        )
+    assert (tmp_path / "fsdp" / "checkpoints" / "step-00000004" / "pytorch_model_fsdp.bin").exists()
+    assert_same_weights(tmp_path / "ddp", tmp_path / "fsdp")
+
+
+def sharded_recipe(output: Path, steps: int) -> Recipe:
+    run = {"max_steps": steps, "channels_last": False, "checkpoint_every": 4}
+    tffd = replace(CANONICAL, share_intra=0.05, measure_every=2)
+    return recipe(output, optim={"batch_size": 64}, tffd=tffd, run=run)
+
+
+def shard_on_cpus() -> None:
+    """Let accelerate, which shards on GPUs alone, do what recipes/accelerate/fsdp.yaml asks for on CPUs."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    begin = AcceleratorState.__init__
+
+    def begin_sharded(state: Any, *args: Any, **kwargs: Any) -> None:
+        begin(state, *args, **kwargs)
+        state.distributed_type = DistributedType.FSDP
+        if getattr(state, "fsdp_plugin", None) is None:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="no_wrap",
+                state_dict_type="FULL_STATE_DICT",
+                cpu_ram_efficient_loading=False,
+            )
+
+    AcceleratorState.__init__ = begin_sharded
 
 
 def two_process_recipe(output: Path, processes: int) -> Recipe:

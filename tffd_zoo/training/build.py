@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from timm import create_model
 from timm.data import Mixup
 from timm.loss import create_classification_loss
@@ -102,15 +103,20 @@ def open_sources(config: DataConfig) -> tuple[TrainSource, ImageSource]:
     return train_source, eval_source
 
 
-def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
+def memory_format(recipe: Recipe, accelerator: Accelerator) -> torch.memory_format:
     """The layout that the recipe asks for, or the faster one.
 
     On CPU that is channels_last for every convolutional network that recipes/benchmark.py measures, by 5 to 25 %; on
-    GPU it pays with mixed precision.
+    GPU it pays with mixed precision. FSDP takes no weights in it.
+
+    Raises:
+        ValueError: channels_last is asked of FSDP.
     """
-    channels_last = recipe.run.channels_last
+    channels_last, sharded = recipe.run.channels_last, accelerator.distributed_type == DistributedType.FSDP
+    if sharded and channels_last:
+        raise ValueError("FSDP shards no weights that lie in channels_last; leave --channels-last out")
     if channels_last is None:
-        channels_last = device.type != "cuda" or recipe.run.precision != "no"
+        channels_last = not sharded and (accelerator.device.type != "cuda" or recipe.run.precision != "no")
     return torch.channels_last if channels_last else torch.contiguous_format
 
 

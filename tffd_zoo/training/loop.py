@@ -5,6 +5,7 @@ In order: process and seed, data, model and task, optimisation, what is on disk,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -16,12 +17,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from timm import create_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
 from ..allocator import keep_freed_memory
@@ -75,7 +77,7 @@ def train(recipe: Recipe) -> Path:
     check_architecture(recipe.model)
     train_source, eval_source = open_sources(recipe.data)
     model = create_model(recipe.model, num_classes=train_source.num_classes)
-    layout = memory_format(recipe, accelerator.device)
+    layout = memory_format(recipe, accelerator)
     spec = image_spec(recipe, model)
     train_batches, eval_batches = make_loaders(recipe, spec, train_source, eval_source, layout, accelerator)
     check_batch_of_one(recipe, model, spec, train_batches)
@@ -108,6 +110,7 @@ def train(recipe: Recipe) -> Path:
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
+    whole = _unsharded(model, ema, accelerator)
     prepared, optimizer = accelerator.prepare(task, optimizer)
 
     # --- what is on disk, and resume ----------------------------------------------------------------------------------
@@ -181,7 +184,8 @@ def train(recipe: Recipe) -> Path:
             losses = sums.report()
             sums.reset()
             line: dict[str, Any] = {"kind": "eval", "step": progress.step, "epoch": progress.fraction, "train": losses}
-            for prefix, weights in {"": model, **({"ema_": ema.module} if ema is not None else {})}.items():
+            _gather(model, whole)
+            for prefix, weights in {"": whole, **({"ema_": ema.module} if ema is not None else {})}.items():
                 try:
                     result = _evaluate(weights, eval_batches, accelerator, layout)
                 except NonFiniteLogits as error:
@@ -242,6 +246,25 @@ def _steps(batches: Loader, progress: Progress, optim: OptimConfig) -> Iterator[
             images = sum(len(b.targets) / b.weight for b in group)
             yield [(b, len(b.targets) / images, i == len(group) - 1) for i, b in enumerate(group)]
             group = []
+
+
+def _unsharded(model: nn.Module, ema: ModelEmaV3 | None, accelerator: Accelerator) -> nn.Module:
+    """What is evaluated and saved: `model` itself, or a copy of it where FSDP will leave each process a shard.
+
+    Raises:
+        ValueError: shards have no moving average.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return model
+    if ema is not None:
+        raise ValueError("no moving average is kept of shards; leave --ema-decay out, or launch without FSDP")
+    return copy.deepcopy(model).to(accelerator.device)
+
+
+def _gather(model: nn.Module, whole: nn.Module) -> None:
+    """Bring the weights of `model` into `whole`; on every process."""
+    if whole is not model:
+        whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
 
 
 def _evaluate(model: nn.Module, batches: Loader, accelerator: Accelerator, layout: torch.memory_format) -> EvalResult:
