@@ -7,6 +7,7 @@ Several processes share the images and give the same counts: start it with `acce
 
 from __future__ import annotations
 
+import atexit
 import csv
 import difflib
 import json
@@ -287,6 +288,7 @@ def _processes_and_device(wanted: str | None) -> tuple[PartialState, torch.devic
     # Unless told that it is to use CPUs, accelerate leaves processes without a GPU strangers to each other.
     no_gpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=wanted == "cpu" or (wanted is None and no_gpu))
+    atexit.register(state.destroy_process_group)  # left to the interpreter's end, gloo's threads can abort it
     if wanted in (None, "cpu"):
         return state, state.device
     if state.num_processes > 1:
