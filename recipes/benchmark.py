@@ -41,7 +41,7 @@ from tffd_zoo.atomic import replacing_file
 from tffd_zoo.cards import markdown_table
 from tffd_zoo.cli import run_cli
 from tffd_zoo.data import ImageSource, ImageSpec, eval_loader, open_source
-from tffd_zoo.evaluation import evaluate
+from tffd_zoo.evaluation import evaluate, model_cost
 from tffd_zoo.pictures import COLOURS, NEUTRAL, house_style, save_png
 from tffd_zoo.recipe import Recipe, vary
 from tffd_zoo.training import read_metrics, train
@@ -221,6 +221,15 @@ def methods(bench: Bench) -> Iterator[Row]:
         "methods", "KD, ResNet-110 teacher / Tf-FD", times["KD, ResNet-110 teacher"], times["Tf-FD"],
         bound=">=", target=3.3,
     )  # fmt: skip
+
+
+def arithmetic(bench: Bench) -> Iterator[Row]:
+    """What multiply-adds allow: a training step takes three forward passes' worth, a frozen teacher adds one of its own."""
+    student, teacher = (
+        model_cost(create_model(name, num_classes=bench.source.num_classes), (3, 32, 32))[1]
+        for name in ("tffd_resnet20", "tffd_resnet110")
+    )
+    yield summary("arithmetic", "KD, ResNet-110 teacher / plain or Tf-FD", [(3 * student + teacher) / (3 * student)])
 
 
 def salience(bench: Bench) -> Iterator[Row]:
@@ -431,7 +440,20 @@ def growth(bench: Bench) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     part.__name__: part
-    for part in (steps, remains, memory, methods, salience, feeding, streaming, evaluation, importing, layouts, growth)
+    for part in (
+        steps,
+        remains,
+        memory,
+        methods,
+        arithmetic,
+        salience,
+        feeding,
+        streaming,
+        evaluation,
+        importing,
+        layouts,
+        growth,
+    )
 }
 
 # --- the page ---------------------------------------------------------------------------------------------------------

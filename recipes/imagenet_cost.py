@@ -1,6 +1,6 @@
 """What training on ImageNet costs with and without Tf-FD, on paper: from the ratios that benchmark.py measured.
 
-    python recipes/imagenet_cost.py --jpeg FOLDER     FOLDER holds photographs, for the mean size of a file
+    python recipes/imagenet_cost.py
 
 No run of this size was made. The page says what a machine has to deliver: images decoded, bytes read, activations and
 gradients moved; and what Tf-FD adds to it.
@@ -20,13 +20,12 @@ from timm import create_model
 from tffd_zoo.atomic import replacing_file
 from tffd_zoo.cards import markdown_table
 from tffd_zoo.cli import run_cli
-from tffd_zoo.data import open_source
 from tffd_zoo.evaluation import model_cost
 from tffd_zoo.stages import find_stages
 
-# Images for training and classes: Russakovsky et al., IJCV 2015 (1k); Deng et al., CVPR 2009, as image-net.org counts
-# the release of autumn 2011 (21k).
-DATASETS = {"ImageNet-1k": (1_281_167, 1000, 100), "ImageNet-21k": (14_197_122, 21_841, 30)}
+# Images, classes and GB of the training archives, as image-net.org gives them (21k: the release of autumn 2011), and
+# the usual number of epochs.
+DATASETS = {"ImageNet-1k": (1_281_167, 1000, 138, 100), "ImageNet-21k": (14_197_122, 21_841, 1310, 30)}
 MODELS = ("tffd_resnet18", "tffd_resnet50")
 SPEEDS = (1_000, 10_000)
 PROCESSES = 8
@@ -36,10 +35,6 @@ PROCESSES = 8
 class CostConfig:
     """Write the page about ImageNet's cost beside the benchmark's."""
 
-    jpeg: str
-    """Photographs as ImageNet's, for the mean size of a file: a folder or a Hub id."""
-    jpeg_split: str = "validation"
-    """Split of the photographs."""
     output: Path = RESULTS
     """Folder of benchmark.json, and of the page."""
 
@@ -71,19 +66,19 @@ def models_table() -> str:
     return markdown_table(header, rows)
 
 
-def data_table(file_bytes: float, decoded: Row | None, ratios: dict[str, Row]) -> str:
+def data_table(decoded: Row | None, ratios: dict[str, Row]) -> str:
     """What a whole run asks of the machine, at some speeds of plain training."""
     cores = decoded.median / 2 if decoded else None  # of 2 workers
     rows = []
-    for name, (images, classes, epochs) in DATASETS.items():
+    for name, (images, classes, gigabytes, epochs) in DATASETS.items():
         for speed in SPEEDS:
             hours = images * epochs / speed / 3600
             rows.append([
                 f"{name}: {images:,} images, {classes:,} classes",
-                f"{images * file_bytes / 1e9:,.0f} GB",
+                f"{gigabytes:,} GB",
                 f"{epochs}",
                 f"{speed:,}",
-                f"{speed * file_bytes / 1e6:,.0f} MB/s",
+                f"{1e3 * speed * gigabytes / images:,.0f} MB/s",
                 "-" if cores is None else f"{speed / cores:,.0f}",
                 f"{hours:,.1f}",
                 *(f"{hours * ratio.median:,.1f}" for ratio in ratios.values()),
@@ -106,9 +101,6 @@ def page(config: CostConfig) -> str:
         raise ValueError(f"{place} is missing: run recipes/benchmark.py first")
     record = json.loads(place.read_text())
     rows = [Row(**row) for row in record["rows"]]
-    photographs = open_source(config.jpeg, config.jpeg_split)
-    count = min(1000, len(photographs))
-    file_bytes = sum(len(photographs.image_bytes(index)) for index in range(count)) / count
     decoded = next((row for row in rows if row.part == "streaming" and row.unit == "images/s"), None)
     ratios = {row.what: row for row in rows if row.part == "steps" and "at 224 px" in row.what}
     streamed = next((row for row in rows if row.part == "streaming" and row.unit == "x"), None)
@@ -124,11 +116,15 @@ def page(config: CostConfig) -> str:
         "process. Tf-FD has no parameters, so they stay as they are; what it adds is one sum over the processes of "
         "one number a channel, so that all agree on the ranking.",
         "## What a run asks for",
-        data_table(file_bytes, decoded, ratios),
-        f"A file is taken to be {file_bytes / 1e3:.0f} KB, the mean of {count:,} photographs. Images/s is the speed of "
-        "plain training that the accelerators reach, a premise and no measurement; the loader has to keep up with it, "
-        "and Tf-FD asks no more of it."
-        + (f" A core decodes and augments {decoded.median / 2:.0f} images/s." if decoded else "")
+        data_table(decoded, ratios),
+        "Images/s is the speed of plain training that the accelerators reach, a premise and no measurement; the loader "
+        "has to keep up with it, and Tf-FD asks no more of it."
+        + (
+            f" A core decoded and augmented {decoded.median / 2:.0f} of the benchmark's photographs a second; larger "
+            "files take longer."
+            if decoded
+            else ""
+        )
         + (f" Streamed images come at {streamed.median:.2f} times the speed of those on the disk." if streamed else "")
         + " ImageNet-21k has no place on many disks: `--streaming` reads it while it trains.",
     ]

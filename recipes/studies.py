@@ -37,7 +37,8 @@ PILOT = Study(
 
 # --- screening: held-out images ---------------------------------------------------------------------------------------
 
-SCREEN = {"optim": {"epochs": 2, "warmup_epochs": 0.4}, "data": {"holdout": 5000}}
+# Compilation would take as long as it saves in so short a run.
+SCREEN = {"optim": {"epochs": 2, "warmup_epochs": 0.4}, "data": {"holdout": 5000}, "run": {"compile": False}}
 SCREEN_PLAIN, SCREEN_SHARE, SCREEN_REFERENCE = (
     vary(recipe, recipe.name.replace("short", "screen"), **SCREEN)
     for recipe in (SHORT_PLAIN, SHORT_SHARE, SHORT_REFERENCE)

@@ -95,13 +95,14 @@ def test_a_part_that_does_not_exist_is_refused_and_so_is_a_report_on_nothing(tmp
 
 def test_imagenet_on_paper_follows_from_the_ratios(tmp_path: Path) -> None:
     record(tmp_path)
-    imagenet_cost.main(imagenet_cost.CostConfig(jpeg="digits", jpeg_split="test", output=tmp_path))
+    imagenet_cost.main(imagenet_cost.CostConfig(output=tmp_path))
     page = (tmp_path / "imagenet.md").read_text()
     # ResNet-50: 25.557 M gradients of 4 bytes, 7/8 of them sent twice; 256 + 512 + 1024 + 2048 channels.
     assert "178.9 MB" in page
     assert "26.9 KB" in page
     # Its features: 256 x 56^2 + 512 x 28^2 + 1024 x 14^2 + 2048 x 7^2 numbers.
     assert "6.02 MB" in page
+    assert "108 MB/s" in page  # 138 GB / 1,281,167 images x 1,000 a second
     # 1,281,167 images, 100 epochs, 1,000 a second: 35.6 hours, 37.0 at 1.04; a worker decodes 100 a second.
     assert "35.6" in page
     assert "37.0" in page
@@ -111,4 +112,4 @@ def test_imagenet_on_paper_follows_from_the_ratios(tmp_path: Path) -> None:
 
 def test_imagenet_on_paper_needs_the_benchmark_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"benchmark.json is missing: run recipes/benchmark.py first"):
-        imagenet_cost.main(imagenet_cost.CostConfig(jpeg="digits", output=tmp_path))
+        imagenet_cost.main(imagenet_cost.CostConfig(output=tmp_path))
