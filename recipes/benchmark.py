@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from train_cifar100 import PRESETS, SHORT_PLAIN, SHORT_TFFD
 
-import tffd_zoo
 from tffd_zoo.allocator import keep_freed_memory
 from tffd_zoo.atomic import replacing_file
 from tffd_zoo.cards import markdown_table
@@ -224,7 +223,7 @@ def methods(bench: Bench) -> Iterator[Row]:
 
 
 def arithmetic(bench: Bench) -> Iterator[Row]:
-    """What multiply-adds allow: a training step takes three forward passes' worth, a frozen teacher adds one of its own."""
+    """What multiply-adds allow: a training step is worth three forward passes, and a frozen teacher adds its own."""
     student, teacher = (
         model_cost(create_model(name, num_classes=bench.source.num_classes), (3, 32, 32))[1]
         for name in ("tffd_resnet20", "tffd_resnet110")
@@ -461,13 +460,18 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 def page(record: dict[str, Any]) -> str:
     """The Markdown page of the measured rows."""
-    about = record["environment"]
+    parts: dict[str, list[str]] = {}
+    for part, about in record["measured"].items():
+        conditions = (
+            f"{about['hardware']}, {about['threads']} thread(s), torch {about['packages']['torch']}, timm "
+            f"{about['packages']['timm']}, commit {about['commit'] or 'unknown'}"
+        )
+        parts.setdefault(conditions, []).append(part)
     text = [
         "# What Tf-FD costs",
         "Made by `python recipes/benchmark.py` from `benchmark.json`. Each figure is the median of paired ratios, with "
         "the quartiles in brackets; both of a pair ran in turn in one process.",
-        f"Measured on {about['hardware']}, {about['threads']} thread(s), torch {about['packages']['torch']}, timm "
-        f"{about['packages']['timm']}, tffd_zoo {record['version']}, commit {about['commit'] or 'unknown'}.",
+        *(f"Measured on {conditions}: {', '.join(names)}." for conditions, names in parts.items()),
         "![Training time of the methods relative to plain training](methods.png)",
     ]
     for part, function in PARTS.items():
@@ -520,16 +524,16 @@ def main(config: BenchmarkConfig) -> None:
     if unknown:
         raise ValueError(f"there is no part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
     place = config.output / "benchmark.json"
-    record: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {"rows": []}
+    record: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {"measured": {}, "rows": []}
     if config.report:
         if not record["rows"]:
             raise ValueError(f"{place} holds no figures: run the benchmark without --report first")
     else:
         with _bench(config) as bench:
-            record |= {"version": tffd_zoo.__version__, "environment": environment(bench.accelerator)}
             for part in config.parts or PARTS:
                 kept = [row for row in record["rows"] if row["part"] != part]
                 record["rows"] = kept + [dataclasses.asdict(row) for row in _shown(PARTS[part](bench))]
+                record["measured"][part] = environment(bench.accelerator)
                 _write(place, json.dumps(record, indent=1) + "\n")  # a part is kept once it is measured
                 torch.compiler.reset()
     draw([Row(**row) for row in record["rows"]], config.output / "methods.png")

@@ -108,7 +108,7 @@ def page(config: CostConfig) -> str:
     text = [
         "# ImageNet on paper",
         "Made by `python recipes/imagenet_cost.py` from `benchmark.json`; no run of this size was made, and no GPU was "
-        f"measured. Tf-FD over plain training, measured on {record['environment']['hardware']}: {measured}.",
+        f"measured. Tf-FD over plain training, measured on {record['measured']['steps']['hardware']}: {measured}.",
         "## What a model moves",
         models_table(),
         "The losses read the stage features and write their gradients in several passes, nothing else; on a GPU as on "

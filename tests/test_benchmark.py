@@ -73,7 +73,8 @@ def record(folder: Path) -> None:
         Row("streaming", "images/s from the disk, 2 workers", 200.0, 190.0, 210.0, 3, unit="images/s"),
     ]
     about = {"hardware": "a CPU", "threads": 2, "packages": {"torch": "2", "timm": "1"}, "commit": None}
-    content = {"version": "1", "environment": about, "rows": [dataclasses.asdict(row) for row in rows]}
+    measured = {row.part: about for row in rows} | {"importing": about | {"threads": 1}}
+    content = {"measured": measured, "rows": [dataclasses.asdict(row) for row in rows]}
     (folder / "benchmark.json").write_text(json.dumps(content))
 
 
@@ -81,7 +82,9 @@ def test_the_page_and_the_picture_come_from_the_record(tmp_path: Path) -> None:
     record(tmp_path)
     benchmark.main(BenchmarkConfig(output=tmp_path, report=True))
     page = (tmp_path / "README.md").read_text()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "import" in line]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "| import" in line]
+    assert "Measured on a CPU, 2 thread(s), torch 2, timm 1, commit unknown: methods, steps, streaming." in page
+    assert "Measured on a CPU, 1 thread(s), torch 2, timm 1, commit unknown: importing." in page
     assert cells[-1] == ["import", "40.0 ms", "39.0 to 41.0", "5", "<= 150", "yes"]
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
 
