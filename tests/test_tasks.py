@@ -376,15 +376,17 @@ def test_a_compiled_task_gives_the_eager_loss_and_plain_keys() -> None:
         torch.testing.assert_close(compiled_value, eager, rtol=1e-4, atol=1e-6)
 
 
-def test_the_schedule_does_not_recompile_the_task() -> None:
+def test_neither_the_schedule_nor_another_epoch_recompiles_the_task() -> None:
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounter()
     task = TfFDTask(tiny(), CANONICAL, epochs=2, batches_per_epoch=3)
     task.compile(backend=counter)
-    batch = a_batch(4)
-    for _ in range(4):
-        task(*batch)
-    assert counter.frame_count == 1
+    batch, smaller_last_batch = a_batch(4), a_batch(3)
+    graphs = []
+    for each in (batch, batch, smaller_last_batch, batch, batch, smaller_last_batch):
+        task(*each)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1, 2, 2, 2, 2]
 
 
 def test_plain_training_asks_nothing_but_logits() -> None:
