@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.task import TrainingTask
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from tffd_zoo.stages import find_stages
 from tffd_zoo.tasks import CANONICAL, REFERENCE, DistillationTask, Objective, TfFDTask, View, Weight
@@ -378,7 +379,7 @@ def test_a_compiled_task_gives_the_eager_loss_and_plain_keys() -> None:
 
 def test_neither_the_schedule_nor_another_epoch_recompiles_the_task() -> None:
     torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     task = TfFDTask(tiny(), CANONICAL, epochs=2, batches_per_epoch=3)
     task.compile(backend=counter)
     batch, smaller_last_batch = a_batch(4), a_batch(3)
