@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, load
 from accelerate.utils.constants import RNG_STATE_NAME
 from safetensors import SafetensorError
 from torch import nn
@@ -162,7 +162,7 @@ class RunFolder:
         try:
             # accelerate goes on without the random states when they cannot be read, and the run would be another
             states = folder / f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl"
-            torch.load(states, weights_only=False)
+            load(states)
             self.accelerator.load_state(str(folder))
         except Exception as error:
             raise ValueError(f"the checkpoint {folder} cannot be read ({_first_line(error)}); {delete}") from error
