@@ -37,7 +37,7 @@ PILOT = Study(
 
 # --- screening: held-out images ---------------------------------------------------------------------------------------
 
-# Compilation would take as long as it saves in so short a run; bf16 takes three fifths of the time on a CPU that has it.
+# Compilation would take as long as it saves in so short a run; bf16 saves two fifths of the time on a CPU that has it.
 SCREEN = {
     "optim": {"epochs": 2, "warmup_epochs": 0.4},
     "data": {"holdout": 5000},

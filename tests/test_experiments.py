@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tffd_zoo.data import ImageSource, open_source
 from tffd_zoo.recipe import Recipe, differences, vary
-from tffd_zoo.tasks import DropConfig, PSKDConfig
+from tffd_zoo.tasks import DistillationTask, DropConfig, PSKDConfig
 from tffd_zoo.training import build, train
 
 ROOT = Path(__file__).parents[1]
@@ -39,26 +40,52 @@ def trained_teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def task_and_batch(recipe: Recipe, digits: ImageSource) -> tuple[DistillationTask, tuple[torch.Tensor, ...]]:
+    """What the loop makes of a recipe, and four images."""
+    torch.manual_seed(0)
+    model = timm.create_model(recipe.model, num_classes=10)
+    spec = build.image_spec(vary(recipe, recipe.name, data={"image_size": 8}), model)
+    mixup = build.make_mixup(vary(recipe, recipe.name, data={"drop_last": True}), digits, 1)
+    task = build.make_task(recipe, model, spec, digits, batches_per_epoch=1)
+    images, targets = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    if mixup is not None:
+        images, targets = mixup(images, targets)
+    return task, (images, targets, torch.arange(4))
+
+
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in TEACHERS])
 def test_an_experiment_takes_a_step(
     name: str, digits: ImageSource, trained_teachers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained_teachers)
     recipe = EXPERIMENTS[name]
-    torch.manual_seed(0)
-    model = timm.create_model(recipe.model, num_classes=10)
-    spec = build.image_spec(vary(recipe, name, data={"image_size": 8}), model)
-    mixup = build.make_mixup(vary(recipe, name, data={"drop_last": True}), digits, 1)
-    task = build.make_task(recipe, model, spec, digits, batches_per_epoch=1)
-    images, targets = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
-    if mixup is not None:
-        images, targets = mixup(images, targets)
-    result = task(images, targets, torch.arange(4))
+    task, batch = task_and_batch(recipe, digits)
+    result = task(*batch)
     result["loss"].backward()
     assert result["loss"].isfinite()
-    assert task.get_eval_model().state_dict().keys() == model.state_dict().keys()
+    assert task.get_eval_model().state_dict().keys() == timm.create_model(recipe.model).state_dict().keys()
     assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
     assert (recipe.tffd is not None) == bool({"intra", "inter"} & set(result))
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in TEACHERS])
+def test_the_losses_of_an_experiment_in_bf16_are_float32_numbers_near_those_of_float32(
+    name: str, digits: ImageSource, trained_teachers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained_teachers)
+    task, batch = task_and_batch(EXPERIMENTS[name], digits)
+    results = []
+    for reduced in (False, True):
+        torch.manual_seed(1)  # what is dropped
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+            results.append(copy.deepcopy(task)(*batch))
+    exact, rounded = results
+    losses = {"loss", "ce", *task.names}
+    assert losses <= exact.keys()
+    for loss in losses:
+        assert rounded[loss].dtype == torch.float32
+        # bf16 has 8 bits; a channel or two may change its place in the order, too.
+        torch.testing.assert_close(rounded[loss], exact[loss], rtol=0.01 if loss in ("loss", "ce") else 0.1, atol=0)
 
 
 def test_names_are_those_of_the_recipes_and_every_run_has_a_folder_of_its_own() -> None:

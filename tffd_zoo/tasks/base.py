@@ -23,7 +23,7 @@ class View(NamedTuple):
 
     images: Tensor  # (N, 3, H, W)
     targets: Tensor  # (N,) class indices, or (N, classes) after mixup
-    logits: Tensor  # (N, classes)
+    logits: Tensor  # (N, classes), float32 even where autocast gave less
     features: list[Tensor]  # per stage (N, C_l, H_l, W_l), shallow to deep
     indices: Tensor | None  # (N,) positions in the data set
 
@@ -246,6 +246,8 @@ class DistillationTask(TrainingTask):
             logits, features = self.trainable_module(images), []
         else:
             logits, features = self.trainable_module(images)
+        # On CPU, autocast leaves the logarithms of label smoothing and of blended labels in half precision.
+        logits = logits.float()
         classified = len(logits) // 2 if self.paired else len(logits)
         terms = {"ce": self.criterion(logits[:classified], targets[:classified])}
         view = View(images, targets, logits, features, indices)

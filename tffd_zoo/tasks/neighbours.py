@@ -88,7 +88,7 @@ class BYOT(Objective):
         ce, kd, hint = (view.logits.new_zeros(()) for _ in range(3))
         for feature, adapter, classifier in zip(view.features, self.adapters, self.classifiers, strict=False):
             branch = adapter(feature)
-            branch_logits = classifier(branch.mean(dim=(2, 3)))
+            branch_logits = classifier(branch.mean(dim=(2, 3))).float()
             # Where convolutions and pooling round odd sizes differently, the larger map is pooled.
             hint = hint + BETA_BATCH * l2(*align(branch, deepest, "l2"), reduction="sum")
             kd = kd + kl(branch_logits, logits, self.config.temperature)
@@ -248,9 +248,9 @@ class PSKD(Objective):
                 "PS-KD remembers images by their position in the data set: pass the task indices=batch.indices"
             )
         indices = view.indices.to(self.predictions.device, non_blocking=True)
-        loss = F.cross_entropy(view.logits.float(), self.predictions[indices])
+        loss = F.cross_entropy(view.logits, self.predictions[indices])
         if self.training:
-            self._remember(indices, view.logits.detach().float().softmax(dim=1))
+            self._remember(indices, view.logits.detach().softmax(dim=1))
         return {"ps_kd": loss}
 
     def _remember(self, indices: Tensor, predictions: Tensor) -> None:

@@ -311,7 +311,7 @@ class TeacherDistillation(Objective):
                 student, teacher = standardise(student), standardise(teacher)
             terms["kd"] = kl(student, teacher, self.kd.temperature)
         if "teacher_ce" in self.weights:
-            terms["teacher_ce"] = self.criterion(logits, view.targets)
+            terms["teacher_ce"] = self.criterion(logits.float(), view.targets)
         return terms
 
 
