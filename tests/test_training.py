@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -108,18 +109,21 @@ def assert_same_run(run: Path, uninterrupted: Path) -> None:
     assert records[0] == records[1]
 
 
+def train_elsewhere(folder: Path, *recipes: Recipe) -> subprocess.Popen[bytes]:
+    """One process that runs the recipes in turn."""
+    (folder / "recipes.pkl").write_bytes(pickle.dumps(recipes))
+    code = (
+        "import sys, pickle, pathlib; from tffd_zoo.training import train; "
+        "[train(recipe) for recipe in pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())]"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(folder / "recipes.pkl")], cwd=ROOT)
+
+
 def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_bits_of_one_that_never_was(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
-    code = (
-        "import sys, pickle, pathlib; from tffd_zoo.training import train; "
-        "train(pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()))"
-    )
-    import pickle
-
     run = tmp_path / "run"
-    (tmp_path / "recipe.pkl").write_bytes(pickle.dumps(recipe(run, **STATEFUL)))
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.pkl")], cwd=ROOT)
+    process = train_elsewhere(tmp_path, recipe(run, **STATEFUL))
     deadline = time.monotonic() + 240
     while len(read_metrics(run / "metrics.jsonl")) < 8 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -131,6 +135,16 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_bits_of_one_that_ne
 
     train(recipe(run, **STATEFUL))
     assert_same_run(run, uninterrupted)
+
+
+def test_a_run_in_bf16_stops_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    # In a process of its own, for accelerate takes one precision a process.
+    changes: dict[str, Any] = {**STATEFUL, "optim": {"ema_decay": 0.9, "mixup": 0.2, "epochs": 1, "batch_size": 256}}
+    runs = (("whole", None), ("stopped", 2), ("stopped", None))
+    recipes = [recipe(tmp_path / n, **changes, run={"precision": "bf16", "max_steps": steps}) for n, steps in runs]
+    assert train_elsewhere(tmp_path, *recipes).wait() == 0
+    for kind in ("last", "last_ema"):
+        assert_same_weights(tmp_path / "stopped", tmp_path / "whole", kind)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
