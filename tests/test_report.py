@@ -141,6 +141,16 @@ def test_one_seed_gets_no_interval_and_no_claim(tmp_path: Path) -> None:
     assert "**not run yet**: `plain` seed 1, `plain` seed 2, `tffd` seed 1" in page
 
 
+def test_the_spread_over_seeds_is_the_scale_for_what_ran_once(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        collect(write_run(tmp_path / "runs", PLAIN, seed, 60.0 + seed), tmp_path / "records")
+    collect(write_run(tmp_path / "runs", TFFD, 0, 63.0), tmp_path / "records")
+    page = report(tmp_path / "records").read_text()
+    assert "nothing but the seed have a standard deviation of 1.00 (`plain`, n = 3)." in page
+    # Where every difference has an interval of its own, no other scale is wanted.
+    assert "nothing but the seed" not in report(collect_all(tmp_path / "all")).read_text()
+
+
 def test_held_out_images_are_not_called_the_test_set(tmp_path: Path) -> None:
     recipe = vary(PLAIN, "plain", data={"holdout": 5000})
     collect(write_run(tmp_path / "runs", recipe, 0, 60.0), tmp_path / "records")
