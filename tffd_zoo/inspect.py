@@ -233,7 +233,8 @@ def draw(look: Look, config: InspectConfig) -> Figure:
             _draw_maps(pair[0], view.maps, view.salient, config.maps)
             _draw_maps(pair[1], view.maps, view.redundant, config.maps)
             _title(pair[0], f"{_shortened(name)}\n{view.name}, {channels} x {height} x {width}: salient", colour)
-            _title(pair[1], f"redundant, where their teachers are\n(mean cosine {view.likeness:.2f})", colour)
+            likeness = f"mean cosine {view.likeness:.2f}; any two {view.any_likeness:.2f}"
+            _title(pair[1], f"redundant, where their teachers are\n({likeness})", colour)
             values = view.singular_values / view.singular_values.sum().clamp_min(TINY)
             rank = f"effective rank {view.effective_rank:.1f} of {channels}"
             spectrum.plot(range(1, channels + 1), values.numpy(), color=colour, label=rank)
