@@ -102,6 +102,8 @@ class TrainingStep:
         self.task: Any = task.to(device).to(memory_format=layout).train()
         if compiled:
             self.task.compile()
+        reduced = recipe.run.precision == "bf16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=reduced)
         self.optimizer = create_optimizer_v2(self.task, opt="sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)
         size = recipe.optim.batch_size
         self.images = torch.randn(size, *spec.input_size, device=device).to(memory_format=layout)
@@ -112,7 +114,9 @@ class TrainingStep:
         self.step(self.images, self.targets, self.indices)
 
     def step(self, images: Tensor, targets: Tensor, indices: Tensor) -> None:
-        self.task(images, targets, indices)["loss"].backward()
+        with self.autocast:
+            loss = self.task(images, targets, indices)["loss"]
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -191,6 +195,19 @@ def layouts(bench: Bench) -> Iterator[Row]:
         }  # fmt: skip
         times = interleave(steps, bench.rounds(5), warmup=1)
         yield compare("layouts", f"{name} at {size} px, batch {batch}", times["last"], times["first"])
+
+
+def precision(bench: Bench) -> Iterator[Row]:
+    """A compiled step under bf16 autocast over one in float32, and Tf-FD's over the plain one, both in bf16."""
+    for model, size, batch, rounds in STEPS:
+        pair = twins(model, size, batch)
+        recipes = {"float32": pair["plain"], **{k: vary(r, k, run={"precision": "bf16"}) for k, r in pair.items()}}
+        timed = {name: TrainingStep(recipe, bench, compiled=True) for name, recipe in recipes.items()}
+        times = interleave(timed, bench.rounds(rounds // 2), warmup=4)
+        what = f"{model.removeprefix('tffd_')} at {size} px, batch {batch}"
+        yield compare("precision", f"{what}: bf16 / float32, both plain", times["plain"], times["float32"])
+        yield compare("precision", f"{what}: Tf-FD / plain, both bf16", times["tffd"], times["plain"])
+        torch.compiler.reset()
 
 
 def memory(bench: Bench) -> Iterator[Row]:
@@ -442,6 +459,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     for part in (
         steps,
         remains,
+        precision,
         memory,
         methods,
         arithmetic,
