@@ -18,7 +18,7 @@ for _ in range(2):
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 before = faults()
-for _ in range(5):
+for _ in range(50):
     torch.ones(2**23)
 print(faults() - before)
 """
@@ -32,5 +32,6 @@ def page_faults(how: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 def test_memory_that_is_freed_is_not_asked_of_the_system_again() -> None:
     kept, given_back = page_faults("kept"), page_faults("given back")
-    assert kept < 1000
-    assert given_back > 5 * kept
+    assert given_back >= 50 * 8192
+    # The heap may still grow by a block now and then, where something small came to lie in the way.
+    assert kept <= 5 * 8192
