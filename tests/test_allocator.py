@@ -13,7 +13,7 @@ import torch
 from tffd_zoo.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
-for _ in range(2):
+for _ in range(10):
     torch.ones(2**23)  # 32 MiB: 8192 pages
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -33,5 +33,6 @@ def page_faults(how: str) -> int:
 def test_memory_that_is_freed_is_not_asked_of_the_system_again() -> None:
     kept, given_back = page_faults("kept"), page_faults("given back")
     assert given_back >= 50 * 8192
-    # The heap may still grow by a block now and then, where something small came to lie in the way.
-    assert kept <= 5 * 8192
+    # Small things that come to lie in the way may make the heap grow by one block, once.
+    assert kept < 8192 + 1000
+    assert given_back > 5 * kept
