@@ -61,8 +61,9 @@ class DataConfig:
     """Leave unreadable images out instead of stopping at them."""
     image_size: int | None = None
     """Train and evaluate at this size; the model's own when not given."""
-    augment: Literal["pad_crop_flip", "rrc_flip", "none"] = "pad_crop_flip"
-    """Pad 4, crop and flip (small images); random resized crop and flip; or nothing."""
+    augment: Literal["pad_crop_flip", "pad_crop_turns", "rrc_flip", "none"] = "pad_crop_flip"
+    """Pad 4, crop and flip (small images); the same, flipped in every other epoch; random resized crop and flip; or
+    nothing."""
     padding_mode: Literal["zeros", "reflect"] = "zeros"
     """How pad_crop_flip pads."""
     in_memory: bool | None = None
@@ -91,8 +92,8 @@ class OptimConfig:
     """Momentum of the optimizers that have one."""
     decay_norm_and_bias: bool = True
     """Apply weight decay to BatchNorm parameters and biases too."""
-    sched: Literal["multistep", "cosine", "constant"] = "multistep"
-    """Learning-rate schedule."""
+    sched: Literal["multistep", "cosine", "linear", "constant"] = "multistep"
+    """Learning-rate schedule; 'cosine' and 'linear' end at zero."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Where 'multistep' decays, as shares of the run: 150, 180 and 210 of 240 epochs."""
     decay_rate: float = 0.1

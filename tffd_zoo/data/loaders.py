@@ -40,7 +40,7 @@ MEMORY_LIMIT = 2**30
 SMALL_IMAGE = 128 * 128
 """...and up to this size each as stored, pixels: photographs are left to workers, which decode beside the training."""
 
-ORDER, CROPS, PAIRS, PIXELS = range(4)  # what a seed is used for: separate streams of random numbers
+ORDER, CROPS, PAIRS, PIXELS, FLIPS = range(5)  # what a seed is used for: separate streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,11 @@ class _BatchMaker:
     def _crops_and_flips(self, epoch: int) -> CropsAndFlips:
         if self._choices is None or self._choices[0] != epoch:
             generator = seeded_generator(self.seed, CROPS, epoch)
-            self._choices = epoch, draw_crops_and_flips(generator, len(self.source), self.padding, self.augment.hflip)
+            choices = draw_crops_and_flips(generator, len(self.source), self.padding, self.augment.hflip)
+            if self.augment.alternate:
+                first = torch.rand(len(self.source), generator=seeded_generator(self.seed, FLIPS)) < self.augment.hflip
+                choices = choices._replace(flip=first ^ bool(epoch % 2))
+            self._choices = epoch, choices
         return self._choices[1]
 
     def _transform(self, epoch: int, index: int, image: Image.Image) -> Tensor:

@@ -30,6 +30,9 @@ class Augment:
     area and aspect ratio and resize it to the input size, as Inception and timm do (ImageNet). `none`: resize alone."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
+    alternate: bool = False
+    """Flip in turns: an image's flip is drawn for the first epoch and inverted in every one that follows, so two epochs
+    show both sides of every image. After Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024."""
     padding: int | None = None
     """Pixels on every side for `pad`; None: an eighth of the input size, 4 at 32 pixels."""
     padding_mode: Literal["zeros", "reflect"] = "zeros"
@@ -52,11 +55,14 @@ class Augment:
             "resized": "cropped and resized at random",
             "none": "not cropped",
         }[self.crop]
-        return f"{crop}, flipped" if self.hflip > 0 else crop
+        if not self.hflip:
+            return crop
+        return f"{crop}, flipped in turns" if self.alternate else f"{crop}, flipped"
 
 
 AUGMENTS = {
     "pad_crop_flip": Augment("pad"),
+    "pad_crop_turns": Augment("pad", alternate=True),
     "rrc_flip": Augment("resized"),
     "none": Augment("none", hflip=0.0),
 }

@@ -100,12 +100,13 @@ def train(recipe: Recipe) -> Path:
         momentum=optim.momentum,
         filter_bias_and_bn=not optim.decay_norm_and_bias,
     )
+    linear = optim.sched == "linear"
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=optim.sched,
+        sched="poly" if linear else optim.sched,
         num_epochs=optim.epochs,
         decay_milestones=[share * optim.epochs for share in optim.milestones],
-        decay_rate=optim.decay_rate,
+        decay_rate=1.0 if linear else optim.decay_rate,  # of 'poly' this is the power
         warmup_epochs=optim.warmup_epochs,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
