@@ -276,9 +276,13 @@ def _loading(info: CardInfo) -> str:
         'print(model.pretrained_cfg["label_names"][logits.argmax().item()])',
     ]
     note = f"This is timm's own `{info.config['architecture']}`; nothing but timm is needed.\n\n" if plain_timm else ""
+    name = f'"{info.repo.partition("@")[0]}"' if info.repo else '"FOLDER"'
+    transformers = f'`transformers.pipeline("image-classification", model={name})` loads it too'
+    if not plain_timm:
+        transformers += ", once `tffd_zoo` is imported: without that it asks for a newer timm, which would not help"
     check = f"`hf cache verify {info.repo}`" if info.repo else "`sha256sum -c SHA256SUMS`"
     hashes = f"timm compares no hashes here: {check} does, and `python -m tffd_zoo.eval` goes by `SHA256SUMS`."
-    return note + "```python\n" + "\n".join(lines) + f"\n```\n\n{hashes}"
+    return note + "```python\n" + "\n".join(lines) + f"\n```\n\n{transformers}. {hashes}"
 
 
 def _results(info: CardInfo) -> str:

@@ -171,6 +171,10 @@ def export(
             },
             data_config=dict(data_config) if data_config else None,
         )
+        # transformers passes the number of classes itself and stops where it finds it twice; timm reads it at the root.
+        config = _read_json(aside / CONFIG)
+        config.get("model_args", {}).pop("num_classes", None)
+        (aside / CONFIG).write_text(_to_json(config))
         (aside / RECIPE).write_text(recipe_json)
         (aside / METRICS).write_text(_to_json(metrics))
         if environment is not None:
