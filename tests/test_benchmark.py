@@ -1,21 +1,18 @@
-"""recipes/benchmark.py: that its figures are what they are called, and the prices that do not depend on the clock."""
+"""recipes.studies.benchmark: that its figures are what they are called, and prices that do not depend on the clock."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-import benchmark
-import imagenet_cost
-from benchmark import BenchmarkConfig, TrainingStep, twins
-from timing import Row, compare, interleave, peak_memory, summary
+from recipes.studies import benchmark, imagenet_cost
+from recipes.studies.benchmark import BenchmarkConfig, TrainingStep, twins
+from recipes.studies.timing import Row, compare, interleave, peak_memory, summary
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
@@ -114,5 +111,5 @@ def test_imagenet_on_paper_follows_from_the_ratios(tmp_path: Path) -> None:
 
 
 def test_imagenet_on_paper_needs_the_benchmark_first(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"benchmark.json is missing: run recipes/benchmark.py first"):
+    with pytest.raises(ValueError, match=r"benchmark.json is missing: run recipes.studies.benchmark first"):
         imagenet_cost.main(imagenet_cost.CostConfig(output=tmp_path))

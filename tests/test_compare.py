@@ -1,4 +1,4 @@
-"""recipes/compare.py: what it runs, skips and resumes, what it survives, and how it stops."""
+"""recipes.studies.compare: what it runs, skips and resumes, what it survives, and how it stops."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ import pytest
 import tyro
 from run_records import PLAIN, TFFD, write_run
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-import compare
-from compare import CompareConfig, Run, command_of, planned_runs, resolve, run_all
-from studies import STUDIES
-
+from recipes.studies import compare
+from recipes.studies.compare import CompareConfig, Run, command_of, planned_runs, resolve, run_all
+from recipes.studies.report import Row, Study, collect
+from recipes.studies.studies import STUDIES
 from tffd_zoo.recipe import vary
-from tffd_zoo.report import Row, Study, collect
 from tffd_zoo.tasks import TeacherConfig
 
 STUDY = Study("trial", "does it help?", (Row(PLAIN, "cross-entropy"), Row(TFFD, "Tf-FD", twin="plain")), seeds=(0, 1))
@@ -178,9 +176,9 @@ def test_overrides_reach_every_run_and_its_teacher(tmp_path: Path) -> None:
 def test_the_command_of_a_run_makes_that_very_run(study: Study) -> None:
     config = CompareConfig(study.name, output=Path("elsewhere"), data="digits", epochs=5, holdout=100)
     for run in planned_runs(study, config):
-        python, script, *flags = command_of(run, config)
-        assert (python, Path(script).name) == (sys.executable, "compare.py")
-        parsed = tyro.cli(CompareConfig, args=flags)
+        *launched, module, name = (command := command_of(run, config))[:4]
+        assert (launched, module, name) == ([sys.executable, "-m"], "recipes.studies.compare", study.name)
+        parsed = tyro.cli(CompareConfig, args=command[3:])
         assert parsed.run is not None
         assert parsed.seeds is not None
         assert resolve(study.row(parsed.run), *parsed.seeds, study, parsed) == run.recipe
@@ -190,7 +188,7 @@ def test_a_launcher_goes_before_the_script(tmp_path: Path) -> None:
     run = plan(tmp_path)[0]
     command = command_of(run, CompareConfig("trial", launcher="accelerate launch --num_processes 2"))
     assert command[:4] == ["accelerate", "launch", "--num_processes", "2"]
-    assert Path(command[4]).name == "compare.py"
+    assert command[4:6] == ["-m", "recipes.studies.compare"]
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
@@ -201,7 +199,8 @@ def test_every_recipe_of_a_study_sees_the_images_of_its_twin_and_has_a_name_in_i
             twin = study.row(row.twin).recipe
             assert row.recipe.model == twin.model
             assert row.recipe.optim.epochs == twin.optim.epochs
-            assert row.recipe.data == twin.data
+            ours, theirs = row.recipe.data, twin.data
+            assert (ours.source, ours.holdout, ours.eval_split) == (theirs.source, theirs.holdout, theirs.eval_split)
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -288,7 +287,7 @@ def test_a_study_or_recipe_that_does_not_exist_is_refused_with_those_that_do() -
 def test_a_study_trains_and_reports_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = Path(compare.__file__).parents[1]
+    root = Path(compare.__file__).parents[2]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
     flags = {"output": tmp_path, "epochs": 1, "seeds": (0,), "holdout": 1380}  # 57 images are left to train on
     compare.main(CompareConfig("digits", **flags))

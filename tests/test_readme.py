@@ -34,9 +34,9 @@ def test_every_python_piece_of_the_readme_runs(
 
 def test_the_commands_that_the_readme_names_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    for module in re.findall(r"python -m (tffd_zoo\.\w+)", text):
+    for module in re.findall(r"python -m ((?:tffd_zoo|recipes)[\w.]+)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
-    for script in re.findall(r"(?:recipes|hub)/\w+\.py", text):
+    for script in re.findall(r"(?:recipes|hub)/[\w/]+\.py", text):
         assert (ROOT / script).is_file(), script
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", text, flags=re.MULTILINE):

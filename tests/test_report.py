@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from run_records import PLAIN, TFFD, write_run
 
+from recipes.studies.report import Published, Row, Study, collect, write_report
+from recipes.studies.report.statistics import estimate, interval_factor, paired_differences, t_quantile
 from tffd_zoo.recipe import vary
-from tffd_zoo.report import Published, Row, Study, collect, write_report
-from tffd_zoo.report.statistics import estimate, interval_factor, paired_differences, t_quantile
 
 WORSE = vary(TFFD, "worse", data={"padding_mode": "reflect"})
 NOISY = vary(TFFD, "noisy")

@@ -106,7 +106,7 @@ def open_sources(config: DataConfig) -> tuple[TrainSource, ImageSource]:
 def memory_format(recipe: Recipe, accelerator: Accelerator) -> torch.memory_format:
     """The layout that the recipe asks for, or the faster one.
 
-    On CPU that is channels_last for every convolutional network that recipes/benchmark.py measures, by 5 to 25 %; on
+    On CPU that is channels_last for every convolutional network that the benchmark measures, by 5 to 25 %; on
     GPU it pays with mixed precision. FSDP takes no weights in it.
 
     Raises:

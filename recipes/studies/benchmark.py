@@ -1,8 +1,8 @@
 """What Tf-FD costs: every price beside that of plain training, as ratios of interleaved steps.
 
-    python recipes/benchmark.py --data FOLDER --jpeg FOLDER     all parts, in about 15 minutes on two cores
-    python recipes/benchmark.py --parts steps memory            these alone
-    python recipes/benchmark.py --report                        the page and the picture again, from the JSON
+    python -m recipes.studies.benchmark --data FOLDER --jpeg FOLDER     all parts, in about 15 minutes on two cores
+    python -m recipes.studies.benchmark --parts steps memory            these alone
+    python -m recipes.studies.benchmark --report                        the page and the picture again, from the JSON
 
 Times on a shared machine are noisy and ratios of steps that took turns are not, or less: a row is the median of paired
 ratios with its quartiles. The poster's chart of training times (Tf-FD 1.03, CS-KD 2.3-2.4, BYOT 2.1-2.4, KD with a
@@ -25,15 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import train_imagenet
 from accelerate import Accelerator
 from safetensors.torch import save_model
-from timing import Row, Step, compare, interleave, peak_memory, summary
 from timm import create_model
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from train_cifar100 import PRESETS, SHORT_PLAIN, SHORT_TFFD
 
 from tffd_zoo.allocator import keep_freed_memory
 from tffd_zoo.atomic import replacing_file
@@ -47,7 +44,11 @@ from tffd_zoo.training import read_metrics, train
 from tffd_zoo.training.build import image_spec, make_loaders, make_task, memory_format, open_sources
 from tffd_zoo.training.run_folder import environment
 
-RESULTS = Path(__file__).parent / "results" / "benchmark"
+from .. import train_imagenet
+from ..train_cifar100 import PRESETS, SHORT_PLAIN, SHORT_TFFD
+from .timing import Row, Step, compare, interleave, peak_memory, summary
+
+RESULTS = Path(__file__).parents[1] / "results" / "benchmark"
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 
 
@@ -487,8 +488,8 @@ def page(record: dict[str, Any]) -> str:
         parts.setdefault(conditions, []).append(part)
     text = [
         "# What Tf-FD costs",
-        "Made by `python recipes/benchmark.py` from `benchmark.json`. Each figure is the median of paired ratios, with "
-        "the quartiles in brackets; both of a pair ran in turn in one process.",
+        "Made by `python -m recipes.studies.benchmark` from `benchmark.json`. Each figure is the median of paired "
+        "ratios, with the quartiles in brackets; both of a pair ran in turn in one process.",
         *(f"Measured on {conditions}: {', '.join(names)}." for conditions, names in parts.items()),
         "![Training time of the methods relative to plain training](methods.png)",
     ]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..atomic import replacing_file
-from ..cards import markdown_table
-from ..pictures import house_style, save_png
-from ..recipe import differences
+from tffd_zoo.atomic import replacing_file
+from tffd_zoo.cards import markdown_table
+from tffd_zoo.pictures import house_style, save_png
+from tffd_zoo.recipe import differences
+
 from .charts import Gain, Series, draw_curves, draw_gains, draw_shares
 from .records import RunRecord
 from .statistics import Estimate, estimate, interval_factor, paired_differences
@@ -129,8 +130,8 @@ def _render(runs: _Runs, pictures: Sequence[str]) -> str:
     study = runs.study
     sections = [
         f"# {study.name}: {study.question}",
-        f"Made by `python recipes/compare.py {study.name} --report` from the collected records: every figure and "
-        f"every sentence below comes from them. {_evaluated_on(runs)}",
+        f"Made by `python -m recipes.studies.compare {study.name} --report` from the collected records: every "
+        f"figure and every sentence below comes from them. {_evaluated_on(runs)}",
         "## Accuracy\n\n" + _accuracy(runs),
         *(["## Against the twin\n\n" + _against_twin(runs, pictures)] if runs.compared else []),
         "## Over training\n\n![Top-1 over the epochs, and its difference to the twin](curves.png)\n\n"

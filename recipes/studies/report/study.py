@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..recipe import Recipe
+from tffd_zoo.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..pictures import COLOURS, NEUTRAL
+from tffd_zoo.pictures import COLOURS, NEUTRAL
+
 from .statistics import Estimate
 
 if TYPE_CHECKING:

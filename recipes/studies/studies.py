@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from train_cifar100 import QUICKSTART, SHORT_PLAIN, SHORT_REFERENCE, SHORT_SHARE, experiments
-
 from tffd_zoo.recipe import vary
-from tffd_zoo.report import Published, Row, Study
+
+from ..train_cifar100 import QUICKSTART, SHORT_PLAIN, SHORT_REFERENCE, SHORT_SHARE, experiments
+from .report import Published, Row, Study
 
 POSTER = "Tf-FD's ECCV 2022 poster; its base and KD rows are CRD's, from another recipe than its Tf-FD rows"
 CHART = "the same poster, read off its chart of feature losses"

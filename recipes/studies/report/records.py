@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..atomic import replacing_folder
-from ..export import without_local_paths
-from ..recipe import differences
-from ..training.run_folder import read_json, read_metrics, write_json
+from tffd_zoo.atomic import replacing_folder
+from tffd_zoo.export import without_local_paths
+from tffd_zoo.recipe import differences
+from tffd_zoo.training.run_folder import read_json, read_metrics, write_json
 
 METRICS = "metrics.jsonl"
 SHARE = "grad_ratio/"

@@ -1,9 +1,9 @@
 """Run a study, the same recipes over several seeds, and report on it.
 
-    python recipes/compare.py STUDY              run what is missing, one run after the other; resume what is not done
-    python recipes/compare.py STUDY --list       the runs of the study and how far they are
-    python recipes/compare.py STUDY --report     collect the records of finished runs, and make the page from all
-    python recipes/compare.py STUDY --shard 1/3  one of three machines' share
+    python -m recipes.studies.compare STUDY              run what is missing, one run after the other; resume the rest
+    python -m recipes.studies.compare STUDY --list       the runs of the study and how far they are
+    python -m recipes.studies.compare STUDY --report     collect the records of finished runs, make the page from all
+    python -m recipes.studies.compare STUDY --shard 1/3  one of three machines' share
 
 The studies are in studies.py. Records are collected in recipes/results/records, once for all studies, and the reports
 that are made from them go to recipes/results/STUDY. A collected run is not made again.
@@ -24,18 +24,20 @@ from types import FrameType
 from typing import Annotated, Any, Literal
 
 import tyro
-from studies import STUDIES
 
 from tffd_zoo.cards import markdown_table
 from tffd_zoo.cli import run_cli
 from tffd_zoo.recipe import Recipe, differences, vary
-from tffd_zoo.report import Row, RunRecord, Study, changes_of_record, collect, record_folder, write_report
 from tffd_zoo.training import train
 from tffd_zoo.training.run_folder import read_json, read_metrics
 
+from .report import Row, RunRecord, Study, changes_of_record, collect, record_folder, write_report
+from .studies import STUDIES
+
 RUNS = Path("runs")
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 WEIGHTS = Path("weights") / "last.safetensors"
+MODULE = "recipes.studies.compare"
 
 State = Literal["done", "collected", "unfinished", "missing", "another recipe"]
 
@@ -196,7 +198,7 @@ def teacher_of(row: Row, study: Study) -> Row | None:
 
 
 def command_of(run: Run, config: CompareConfig) -> list[str]:
-    """The command that makes `run` and nothing else: this script, told the same."""
+    """The command that makes `run` and nothing else: this one, told the same."""
     flags = {
         "--run": run.recipe.name,
         "--seeds": run.recipe.run.seed,
@@ -206,7 +208,7 @@ def command_of(run: Run, config: CompareConfig) -> list[str]:
         "--holdout": config.holdout,
     }
     given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
-    return [*(shlex.split(config.launcher) or [sys.executable]), __file__, config.study, *given]
+    return [*(shlex.split(config.launcher) or [sys.executable]), "-m", MODULE, config.study, *given]
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

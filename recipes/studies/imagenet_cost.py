@@ -1,6 +1,6 @@
 """What training on ImageNet costs with and without Tf-FD, on paper: from the ratios that benchmark.py measured.
 
-    python recipes/imagenet_cost.py
+    python -m recipes.studies.imagenet_cost
 
 No run of this size was made. The page says what a machine has to deliver: images decoded, bytes read, activations and
 gradients moved; and what Tf-FD adds to it.
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmark import RESULTS
-from timing import Row
 from timm import create_model
 
 from tffd_zoo.atomic import replacing_file
@@ -22,6 +20,9 @@ from tffd_zoo.cards import markdown_table
 from tffd_zoo.cli import run_cli
 from tffd_zoo.evaluation import model_cost
 from tffd_zoo.stages import find_stages
+
+from .benchmark import RESULTS
+from .timing import Row
 
 # Images, classes and GB of the training archives, as image-net.org gives them (21k: the release of autumn 2011), and
 # the usual number of epochs.
@@ -98,7 +99,7 @@ def page(config: CostConfig) -> str:
     """
     place = config.output / "benchmark.json"
     if not place.exists():
-        raise ValueError(f"{place} is missing: run recipes/benchmark.py first")
+        raise ValueError(f"{place} is missing: run recipes.studies.benchmark first")
     record = json.loads(place.read_text())
     rows = [Row(**row) for row in record["rows"]]
     decoded = next((row for row in rows if row.part == "streaming" and row.unit == "images/s"), None)
@@ -107,8 +108,9 @@ def page(config: CostConfig) -> str:
     measured = "; ".join(f"{row.what}: {row.median:.3f} ({row.low:.3f} to {row.high:.3f})" for row in ratios.values())
     text = [
         "# ImageNet on paper",
-        "Made by `python recipes/imagenet_cost.py` from `benchmark.json`; no run of this size was made, and no GPU was "
-        f"measured. Tf-FD over plain training, measured on {record['measured']['steps']['hardware']}: {measured}.",
+        "Made by `python -m recipes.studies.imagenet_cost` from `benchmark.json`; no run of this size was made, and no "
+        "GPU was measured. Tf-FD over plain training, measured on "
+        f"{record['measured']['steps']['hardware']}: {measured}.",
         "## What a model moves",
         models_table(),
         "The losses read the stage features and write their gradients in several passes, nothing else; on a GPU as on "

@@ -1,0 +1,1 @@
+"""The laboratory, run from a clone: studies over seeds, their pages, and benchmarks."""
