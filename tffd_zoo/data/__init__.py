@@ -1,8 +1,9 @@
 """Images and labels for training and evaluation: sources, batches in memory or from workers, exact sharding."""
 
+from .image_source import ImageSource, UnreadableImageError, holdout
 from .loaders import Batch, ImageSpec, Loader, eval_loader, train_loader
 from .memory import Augment
-from .sources import ImageSource, UnreadableImageError, holdout, open_source
+from .sources import open_source
 from .streaming import StreamedSource, TrainSource, open_streamed
 
 __all__ = [

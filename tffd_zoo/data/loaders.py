@@ -21,6 +21,7 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
+from .image_source import ImageSource
 from .memory import (
     AUGMENTS,
     Augment,
@@ -31,7 +32,6 @@ from .memory import (
     pad_crop_flip,
     seeded_generator,
 )
-from .sources import ImageSource
 from .streaming import StreamedRows, StreamedSource, TrainSource
 from .workers import WorkerPool, default_workers
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .sources import ImageSource
+from .image_source import ImageSource
 from .workers import WorkerPool
 
 CHUNK = 1024

@@ -36,14 +36,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .sources import (
-    ImageSource,
-    UnreadableImageError,
-    decode_rgb,
-    find_image_column,
-    find_label_column,
-    locate_parquet,
-)
+from .image_source import ImageSource, UnreadableImageError, decode_rgb
+from .tables import find_image_column, find_label_column, locate_parquet
 
 if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData
