@@ -279,7 +279,10 @@ def _loading(info: CardInfo) -> str:
     name = f'"{info.repo.partition("@")[0]}"' if info.repo else '"FOLDER"'
     transformers = f'`transformers.pipeline("image-classification", model={name})` loads it too'
     if not plain_timm:
-        transformers += ", once `tffd_zoo` is imported: without that it asks for a newer timm, which would not help"
+        transformers += (
+            ", once `tffd_zoo` is imported: without that it asks for a newer timm, which would not help. Programs that "
+            "do not import it run as `python -m tffd_zoo PROGRAM [ARGS]`"
+        )
     check = f"`hf cache verify {info.repo}`" if info.repo else "`sha256sum -c SHA256SUMS`"
     hashes = f"timm compares no hashes here: {check} does, and `python -m tffd_zoo.eval` goes by `SHA256SUMS`."
     return note + "```python\n" + "\n".join(lines) + f"\n```\n\n{transformers}. {hashes}"
