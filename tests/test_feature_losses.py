@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tffd_zoo.feature_losses import FEATURE_LOSSES, ab, align, at, check_pre_activation, ickd, l2, sp
+from tffd_zoo.feature_losses import FEATURE_LOSSES, ab, align, at, ickd, l2, sp
 
 # --- oracles: loops over samples, channels and places, in double precision --------------------------------------------
 
@@ -236,10 +236,3 @@ def test_an_unknown_loss_or_reduction_is_refused_by_name():
         align(feature(1, 1, 1, 1), feature(1, 1, 1, 1), "l1")
     with pytest.raises(ValueError, match="unknown reduction 'none'"):
         l2(feature(1, 1, 1, 1), feature(1, 1, 1, 1), reduction="none")
-
-
-def test_features_behind_a_relu_are_refused_for_ab_and_signed_ones_pass():
-    signed = feature(2, 3, 4, 4)
-    check_pre_activation(signed)
-    with pytest.raises(ValueError, match="before the activation"):
-        check_pre_activation(signed.relu())

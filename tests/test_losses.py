@@ -1,30 +1,20 @@
-"""The two Tf-FD losses: numbers worked out by hand, the readable form as oracle, gradients against autograd."""
+"""The two Tf-FD losses: numbers worked out by hand, and the fast forms against the plain ones."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tffd_zoo import CANONICAL, TfFDTask, _lean
+from tffd_zoo.feature_losses import FEATURE_LOSSES
 from tffd_zoo.losses import inter_layer_loss, intra_layer_loss, pair_channels, salient_count, stage_pairs
-
-
-def readable_intra(
-    features: list[Tensor], saliences: list[Tensor], ratio: float, detach: bool, reduction: str
-) -> Tensor:
-    """Section by section as the definition reads: order, split, pair modulo K, compare."""
-    losses = []
-    for feature, salience in zip(features, saliences, strict=True):
-        channels = feature.shape[1]
-        order = sorted(range(channels), key=lambda c: -float(salience[c]))
-        k = max(1, int(ratio * channels))
-        salient, redundant = order[:k], order[k:]
-        teachers = [salient[j % k] for j in range(len(redundant))]
-        target = feature[:, teachers].detach() if detach else feature[:, teachers]
-        squared = (feature[:, redundant] - target) ** 2
-        losses.append(squared.mean() if reduction == "mean" else squared.sum() / len(feature))
-    return torch.stack(losses).mean()
+from tffd_zoo.stages import find_stages
 
 
 def test_redundant_channels_learn_from_salient_ones_modulo_k() -> None:
@@ -79,26 +69,126 @@ def test_detaching_keeps_the_value_and_the_redundant_gradient_and_zeroes_the_sal
     assert grads[1][:, ~redundant].abs().min() > 0
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("detach", [True, False], ids=["detached", "two-way"])
-@pytest.mark.parametrize("ratio", [0.5, 0.3])
-def test_the_lean_intra_loss_equals_the_readable_one_in_double_precision(
-    ratio: float, detach: bool, reduction: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Tensor, "float", lambda self: self)  # losses run in float32; here the derivation is on trial
-    torch.manual_seed(1)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    shapes = [(2, 7, 5, 4), (2, 8, 3, 3)]
-    features = [torch.randn(s, dtype=torch.float64).to(memory_format=memory_format).requires_grad_() for s in shapes]
-    saliences = [torch.randn(s[1]) for s in shapes]
-    teachers = [pair_channels(salience, ratio) for salience in saliences]
+# --- the fast forms against the plain ones ----------------------------------------------------------------------------
 
-    lean = intra_layer_loss(features, teachers, ratio=ratio, detach_salient=detach, reduction=reduction)  # type: ignore[arg-type]
-    readable = readable_intra(features, saliences, ratio, detach, reduction)
-    torch.testing.assert_close(lean, readable, rtol=1e-12, atol=0, check_dtype=False)
-    for mine, theirs in zip(torch.autograd.grad(lean, features), torch.autograd.grad(readable, features), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-15)
+
+def stages(shapes: list[tuple[int, ...]], layout: torch.memory_format = torch.contiguous_format) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(s, dtype=torch.float64, generator=generator).to(memory_format=layout).requires_grad_()
+        for s in shapes
+    ]
+
+
+def assert_equal_with_gradients(lean: Tensor, plain: Tensor, features: list[Tensor]) -> None:
+    torch.testing.assert_close(lean, plain, rtol=1e-12, atol=0, check_dtype=False)
+    gradients = (torch.autograd.grad(loss, features, allow_unused=True) for loss in (lean, plain))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(
+            torch.zeros(1) if mine is None else mine,
+            torch.zeros(1) if theirs is None else theirs,
+            rtol=1e-12,
+            atol=1e-15,
+        )
+
+
+@pytest.fixture
+def double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses run in float32; here the derivation is on trial."""
+    monkeypatch.setattr(Tensor, "float", lambda self: self)
+
+
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
+)
+LOSSES = pytest.mark.parametrize(
+    ("loss", "reduction"),
+    [("l2", "mean"), ("l2", "sum"), ("ab", "mean"), ("at", "mean"), ("sp", "mean"), ("ickd", "mean")],
+)
+
+
+@LAYOUTS
+@LOSSES
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "two-way"])
+@pytest.mark.parametrize("ratio", [0.5, 0.3, 1.0])
+@pytest.mark.usefixtures("double_precision")
+def test_the_lean_intra_loss_equals_the_plain_one_with_its_gradients(
+    ratio: float, detach: bool, loss: Any, reduction: Any, layout: torch.memory_format
+) -> None:
+    features = stages([(2, 7, 5, 4), (2, 8, 3, 3)], layout)
+    teachers = [pair_channels(torch.randn(feature.shape[1]), ratio) for feature in features]
+    settings: dict[str, Any] = {"loss": loss, "detach_salient": detach, "reduction": reduction}
+    lean = _lean.intra_layer_loss(features, teachers, ratio=ratio, **settings)
+    plain = intra_layer_loss(features, teachers, **settings)
+    if ratio == 1.0:
+        assert lean.item() == plain.item() == 0
+    else:
+        assert_equal_with_gradients(lean, plain, features)
+
+
+def sides(size: int, reductions: tuple[int, ...]) -> list[int]:
+    """Sides of the stages' maps: convolutions with padding round odd sizes up."""
+    return [-(-size // reduction) for reduction in reductions]
+
+
+@LAYOUTS
+@LOSSES
+@pytest.mark.parametrize("size", [17, 28, 30, 32, 33, 47, 63])
+@pytest.mark.usefixtures("double_precision")
+def test_the_lean_inter_loss_equals_the_plain_one_with_its_gradients(
+    size: int, loss: Any, reduction: Any, layout: torch.memory_format
+) -> None:
+    features = stages([(2, c, s, s) for c, s in zip((4, 6, 8), sides(size, (1, 2, 4)), strict=True)], layout)
+    settings: dict[str, Any] = {"loss": loss, "reduction": reduction}
+    lean = _lean.inter_layer_loss(features, stage_pairs(3), **settings)
+    assert_equal_with_gradients(lean, inter_layer_loss(features, stage_pairs(3), **settings), features)
+
+
+@pytest.mark.parametrize(
+    ("reductions", "sizes"),
+    [((1, 2, 4), range(17, 64)), ((4, 8, 16, 32), range(160, 257, 8)), ((4, 8, 16, 32), range(161, 257, 16))],
+    ids=["CIFAR networks", "ImageNet networks", "ImageNet networks at odd sizes"],
+)
+@pytest.mark.usefixtures("double_precision")
+def test_at_every_size_all_pairs_are_pooled_at_once_or_as_if(reductions: tuple[int, ...], sizes: range) -> None:
+    for size in sizes:
+        features = stages([(1, 2, s, s) for s in sides(size, reductions)])
+        pairs = stage_pairs(len(features))
+        oracle = torch.stack([
+            F.mse_loss(F.adaptive_avg_pool2d(features[i], features[j].shape[2:]), features[j].detach())
+            for i, j in pairs
+        ]).mean()  # fmt: skip
+        assert_equal_with_gradients(_lean.inter_layer_loss(features, pairs), oracle, features)
+
+
+@pytest.mark.parametrize("which", ["first", "salient", "group_mean"])
+@pytest.mark.parametrize("shapes", [[(2, 8, 8, 8), (2, 3, 4, 4), (2, 5, 2, 2)], [(2, 3, 3, 3), (2, 8, 6, 6)]])
+@pytest.mark.usefixtures("double_precision")
+def test_the_lean_inter_loss_takes_any_deep_channels_and_any_shapes(which: Any, shapes: list[tuple[int, ...]]) -> None:
+    features = stages(shapes)
+    saliences = [torch.randn(feature.shape[1]) for feature in features]
+    settings: dict[str, Any] = {"deep_channels": which, "saliences": saliences}
+    pairs = stage_pairs(len(features))
+    lean = _lean.inter_layer_loss(features, pairs, **settings)
+    assert_equal_with_gradients(lean, inter_layer_loss(features, pairs, **settings), features)
+
+
+@pytest.mark.parametrize(("name", "size"), [("tffd_resnet20", 30), ("tffd_vgg8", 28), ("tffd_resnet18", 176)])
+def test_a_task_has_the_parameter_gradients_of_the_plain_loss_where_sizes_do_not_nest(name: str, size: int) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    images, targets = torch.randn(2, 3, size, size), torch.tensor([1, 2])
+    parameters = list(model.parameters())
+    config = replace(CANONICAL, lambda_intra=0.0, warmup=0.0)
+    lean = torch.autograd.grad(TfFDTask(model, config)(images, targets)["loss"], parameters)
+
+    final, features = model.forward_intermediates(images, indices=list(find_stages(model).indices))
+    loss = F.cross_entropy(model.forward_head(final), targets)
+    plain = torch.autograd.grad(
+        loss + config.lambda_inter * inter_layer_loss(features, stage_pairs(len(features))), parameters
+    )
+    error = torch.cat([(a - b).flatten() for a, b in zip(lean, plain, strict=True)]).norm()
+    assert error < 1e-4 * torch.cat([b.flatten() for b in plain]).norm()
 
 
 def test_the_compiled_losses_equal_the_eager_ones() -> None:
@@ -108,7 +198,8 @@ def test_the_compiled_losses_equal_the_eager_ones() -> None:
 
     def both(shallow: Tensor, deep: Tensor) -> Tensor:
         pair = [shallow, deep]
-        return intra_layer_loss(pair, [pair_channels(s) for s in saliences]) + inter_layer_loss(pair, [(0, 1)])
+        teachers = [pair_channels(s) for s in saliences]
+        return _lean.intra_layer_loss(pair, teachers, ratio=0.5) + _lean.inter_layer_loss(pair, [(0, 1)])
 
     results = []
     for function in (both, torch.compile(both, backend="aot_eager", fullgraph=True)):
@@ -121,8 +212,6 @@ def test_the_compiled_losses_equal_the_eager_ones() -> None:
 
 @pytest.mark.parametrize("loss", ["at", "sp", "ickd", "ab"])
 def test_other_feature_losses_compare_the_same_channel_pairs(loss: str) -> None:
-    from tffd_zoo.feature_losses import FEATURE_LOSSES
-
     torch.manual_seed(3)
     feature = torch.randn(4, 6, 5, 5, requires_grad=True)
     salience = torch.tensor([3.0, 9.0, 1.0, 8.0, 7.0, 2.0])  # salient 1, 3, 4; redundant 0, 5, 2
@@ -149,21 +238,6 @@ def test_inter_layer_loss_by_hand() -> None:
     assert shallow.grad is not None
     assert shallow.grad.flatten().tolist() == [2 * -1.5 / 4] * 4
     assert deep.grad is None, "the deep stage is a fixed target"
-
-
-def test_pooling_in_steps_equals_pooling_at_once() -> None:
-    torch.manual_seed(4)
-    features = [torch.randn(2, c, s, s) for c, s in ((4, 16), (6, 8), (8, 4))]
-    pairs = stage_pairs(3)
-    expected = torch.stack(
-        [
-            F.mse_loss(
-                F.adaptive_avg_pool2d(features[i], features[j].shape[2:]), features[j][:, : features[i].shape[1]]
-            )
-            for i, j in pairs
-        ]
-    ).mean()
-    torch.testing.assert_close(inter_layer_loss(features, pairs), expected)
 
 
 def test_a_larger_deep_map_is_pooled_instead_and_odd_sizes_work() -> None:

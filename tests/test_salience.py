@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from tffd_zoo.salience import bn_scale, entropy, hrank, lp, spread, stage_salience
+from tffd_zoo import _lean
+from tffd_zoo.salience import bn_scale, entropy, histogram, hrank, lp, spread, stage_salience
 
 SHAPES = [(5, 6, 8), (7, 4, 4), (3, 1, 1)]  # (C, H, W) of three stages
 
@@ -198,10 +199,21 @@ def test_what_cannot_be_scored_is_refused(arguments, message):
         stage_salience(relu_features(2), **arguments)
 
 
-@pytest.mark.parametrize("bins", [0, 11])
-def test_a_number_of_bins_that_cannot_be_counted_is_refused(bins):
-    with pytest.raises(ValueError, match="1 to 10 bins"):
-        entropy(relu_features(2)[0], bins=bins)
+def test_a_number_of_bins_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="1 or more bins, not in 0"):
+        entropy(relu_features(2)[0], bins=0)
+
+
+@pytest.mark.parametrize("samples", [1, 62, 63, 64, 150], ids="{} samples".format)
+def test_the_packed_histogram_counts_as_the_plain_one(samples):
+    values = torch.randn(samples, 5, 3, 2, generator=torch.Generator().manual_seed(samples))
+    values[:, 1] = 7.0  # a constant channel
+    low, high = values.amin((0, 2, 3)), values.amax((0, 2, 3))
+    packed = _lean.histogram(values, low, high, 10)
+    assert torch.equal(packed, histogram(values, low, high, 10))
+    assert packed[1].tolist() == [samples * 6] + 9 * [0]
+    edges = [np.linspace(float(a), float(b), 11) for a, b in zip(low, high, strict=True)]
+    assert packed[0].tolist() == np.histogram(values[:, 0].double().numpy(), edges[0])[0].tolist()
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------

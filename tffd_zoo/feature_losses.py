@@ -8,13 +8,13 @@ features of different shapes to those that a loss can compare.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FEATURE_LOSSES", "FeatureLoss", "ab", "align", "at", "check_pre_activation", "ickd", "l2", "sp"]
+__all__ = ["FEATURE_LOSSES", "FeatureLoss", "Reduction", "ab", "align", "at", "ickd", "l2", "sp"]
 
 FeatureLoss = Literal["l2", "ab", "at", "sp", "ickd"]
 Reduction = Literal["mean", "sum"]
@@ -34,23 +34,8 @@ def l2(student: Tensor, target: Tensor, reduction: Reduction = "mean") -> Tensor
     _require_same_shape("l2", student, target)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"unknown reduction '{reduction}'; choose 'mean' or 'sum'")
-    squares: Tensor = _SquaredError.apply(student.float(), target.float())
-    return squares / (student.numel() if reduction == "mean" else student.shape[0])
-
-
-class _SquaredError(torch.autograd.Function):
-    """sum (s - t)^2: F.mse_loss, whose own backward pass gives channels_last features a gradient in NCHW."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, target: Tensor) -> Tensor:
-        ctx.save_for_backward(student, target)
-        return F.mse_loss(student, target, reduction="sum")
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
-        student, target = ctx.saved_tensors
-        grad = (student - target).mul_(2 * grads[0])
-        return grad, -grad if ctx.needs_input_grad[1] else None
+    error = F.mse_loss(student.float(), target.float(), reduction=reduction)
+    return error if reduction == "mean" else error / student.shape[0]
 
 
 def ab(student: Tensor, target: Tensor, margin: float = 2.0) -> Tensor:
@@ -58,8 +43,8 @@ def ab(student: Tensor, target: Tensor, margin: float = 2.0) -> Tensor:
 
     The mean over N, C, H and W of (s + m)^2 where t <= 0 and s > -m, (s - m)^2 where t > 0 and s < m, 0 elsewhere.
 
-    Both features come from *before* the activation; behind a ReLU no neuron is on the far side. Looking for that here
-    would make the device wait at every step: call `check_pre_activation` once instead.
+    Both features come from *before* the activation: behind a ReLU no neuron is on the far side of zero.
+    `tffd_zoo.stages.stage_activations` finds where to take them.
 
     Source: Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons", AAAI
     2019.
@@ -147,53 +132,10 @@ def align(student: Tensor, target: Tensor, loss: FeatureLoss) -> tuple[Tensor, T
         student, target = (each if each.shape[1] == channels else each[:, :channels] for each in (student, target))
     if loss in _SAME_SIZE:
         size = (min(student.shape[2], target.shape[2]), min(student.shape[3], target.shape[3]))
-        student, target = _pool(student, size), _pool(target, size)
-    return student, target
-
-
-@torch.no_grad()
-def check_pre_activation(features: Tensor) -> None:
-    """Refuse, for the loss `ab`, a feature that has been through a ReLU. Waits for the device: not for every step.
-
-    Not for the first step either where a residual block ends in a scale that starts at zero, as timm's do: until the
-    first update such a block adds nothing to its non-negative input, and nothing is negative before its last ReLU.
-
-    Raises:
-        ValueError: if no value is negative.
-    """
-    if not bool((features < 0).any()):
-        raise ValueError(
-            f"ab compares features before the activation, and this one of shape {tuple(features.shape)} has no "
-            "negative value; tap the input of the stage's last activation (tffd_zoo.stages.stage_activations finds "
-            "it), or choose l2, at, sp or ickd"
+        student, target = (
+            each if each.shape[2:] == size else F.adaptive_avg_pool2d(each, size) for each in (student, target)
         )
-
-
-def _pool(features: Tensor, size: tuple[int, int]) -> Tensor:
-    height, width = features.shape[2:]
-    if (height, width) == size:
-        return features
-    if height % size[0] == 0 and width % size[1] == 0:
-        window = (height // size[0], width // size[1])
-        if torch.compiler.is_compiling():  # a compiler writes the backward pass of its own, in less memory than ours
-            return F.avg_pool2d(features, window)
-        pooled: Tensor = _MeanPool.apply(features, window)
-        return pooled
-    return F.adaptive_avg_pool2d(features, size)
-
-
-class _MeanPool(torch.autograd.Function):
-    """Mean over windows that tile the map: F.avg_pool2d, whose own backward pass copies channels_last maps twice."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, window: tuple[int, int]) -> Tensor:
-        ctx.window = window
-        return F.avg_pool2d(features, window)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        height, width = ctx.window
-        return F.interpolate(grads[0] / (height * width), scale_factor=(height, width), mode="nearest"), None
+    return student, target
 
 
 def _attention(features: Tensor) -> Tensor:

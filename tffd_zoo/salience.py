@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["SalienceMetric", "bn_scale", "entropy", "hrank", "lp", "spread", "stage_salience"]
+from . import _lean
+
+__all__ = ["SalienceMetric", "bn_scale", "entropy", "histogram", "hrank", "lp", "spread", "stage_salience"]
 
 SalienceMetric = Literal["lp", "spread", "entropy", "bn_scale", "hrank"]
 
@@ -52,11 +54,10 @@ def entropy(features: Tensor, bins: int = 10) -> Tensor:
     Adapted from Meng et al., "Filter Grafting for Deep Neural Networks", CVPR 2020, which bins weights.
 
     Raises:
-        ValueError: if `bins` is not between 1 and 10, the number of counters that fit into one integer.
+        ValueError: if `bins` is not 1 or more.
     """
-    features = _contiguous_float(features)
-    high, minus_low = _extremes(features)
-    return _entropy_of_counts(_histogram(features, -minus_low, high, bins))
+    high, minus_low = _extremes(features.float())
+    return _entropy_of_counts(histogram(features, -minus_low, high, bins))
 
 
 @torch.no_grad()
@@ -167,7 +168,7 @@ def _stage_entropy(features: Sequence[Tensor], bins: int = 10) -> list[Tensor]:
     ranges = extremes.split(channels, dim=1)
     counts = torch.cat(
         [
-            _histogram(feature, -minus_low, high, bins)
+            _lean.histogram(feature, -minus_low, high, bins)
             for feature, (high, minus_low) in zip(features, ranges, strict=True)
         ]
     )
@@ -187,38 +188,25 @@ def _sum_lp(features: Tensor, p: int) -> Tensor:
     if p == 1:
         return features.float().abs().sum((2, 3)).sum(0)
     if p == 2:
-        return _l2_norms(features).sum(0)
+        return _lean.map_norms(features).sum(0)
     raise ValueError(f"salience 'lp' knows p=1 and p=2, not p={p}")
 
 
 def _sum_spread(features: Tensor) -> Tensor:
     # mean(F / ||F||) = mean(F) / ||F||: no normalised copy. The bound keeps a map of zeros at 0, as F.normalize does.
-    return (features.mean((2, 3), dtype=torch.float32) / _l2_norms(features).clamp_min(1e-12)).sum(0)
+    return (features.mean((2, 3), dtype=torch.float32) / _lean.map_norms(features).clamp_min(1e-12)).sum(0)
 
 
 def _sum_hrank(features: Tensor) -> Tensor:
     return torch.linalg.matrix_rank(features.float()).sum(0, dtype=torch.float32)
 
 
-def _l2_norms(features: Tensor) -> Tensor:
-    """l2 norm of every map, (N, C, H, W) -> (N, C)."""
-    features = features.float()
-    if features.is_contiguous():
-        return torch.linalg.vector_norm(features, dim=(2, 3))
-    # Over a strided map (channels_last) that reduction is not vectorised; two passes take half its time.
-    return features.square().sum((2, 3)).sqrt()
-
-
 # --- histograms -------------------------------------------------------------------------------------------------------
-
-_COUNTER_BITS = 6
-_COUNTER_MAX = 2**_COUNTER_BITS - 1
 
 
 def _contiguous_float(features: Tensor) -> Tensor:
-    return (
-        features.float().contiguous()
-    )  # the passes over a strided map (channels_last) would cost far more than a copy
+    # The passes over a strided map (channels_last) would cost far more than a copy.
+    return features.float().contiguous()
 
 
 def _extremes(features: Tensor) -> Tensor:
@@ -228,24 +216,21 @@ def _extremes(features: Tensor) -> Tensor:
     return torch.stack([features.amax((0, 2, 3)), -features.amin((0, 2, 3))])
 
 
-def _histogram(features: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
+def histogram(features: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
     """(N, C, H, W) -> (C, bins): how many of a channel's values lie in each of the equal bins from low to high.
 
-    The bins of one place in the map share an int64, six bits for each. Adding up 63 samples then counts in all bins at
-    once and cannot overflow: no sorting, no scattering, no wait for the device, and every pass vectorised.
+    A bin holds its lower edge; the last one its upper edge too. A constant channel lies in the first.
+
+    Raises:
+        ValueError: if `bins` is not 1 or more.
     """
-    if not 1 <= bins <= 64 // _COUNTER_BITS:
-        raise ValueError(f"entropy counts in 1 to {64 // _COUNTER_BITS} bins, not in {bins}")
-    low, high = low.view(1, -1, 1, 1), high.view(1, -1, 1, 1)
-    width = ((high - low) / bins).clamp_min(torch.finfo(torch.float32).tiny)  # a constant channel: all in bin 0
-    one = torch.ones((), dtype=torch.int64, device=features.device)
-    packed = []
-    for samples in features.split(_COUNTER_MAX):
-        index = torch.sub(samples, low).div_(width).clamp_(max=bins - 1).long()
-        packed.append(torch.bitwise_left_shift(one, index.mul_(_COUNTER_BITS), out=index).sum(0))
-    shifts = torch.arange(bins, device=features.device) * _COUNTER_BITS
-    counts = (torch.stack(packed).unsqueeze(-1) >> shifts) & _COUNTER_MAX
-    return counts.sum((0, 2, 3))
+    if bins < 1:
+        raise ValueError(f"entropy counts in 1 or more bins, not in {bins}")
+    values = features.float().transpose(0, 1).flatten(1)
+    width = ((high - low) / bins).clamp_min(torch.finfo(torch.float32).tiny)
+    index = ((values - low[:, None]) / width[:, None]).clamp(max=bins - 1).long()
+    counts = torch.zeros(len(values), bins, dtype=torch.int64, device=values.device)
+    return counts.scatter_add_(1, index, torch.ones_like(index))
 
 
 def _entropy_of_counts(counts: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..feature_losses import l2
+from .._lean import l2
 from ..logit_losses import kl, standardise
 from ..schedules import LossWeight
 from ..stages import Stages

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _lean
 from ..feature_losses import FEATURE_LOSSES, FeatureLoss
-from ..losses import DeepChannels, StagePairs, inter_layer_loss, intra_layer_loss, pair_channels, stage_pairs
+from ..losses import DeepChannels, StagePairs, pair_channels, stage_pairs
 from ..salience import SalienceMetric, stage_salience
 from ..schedules import LossWeight
 from ..stages import Stages, find_stages, stage_activations, stage_norms
@@ -157,7 +158,7 @@ class TfFD(Objective):
         terms = {}
         if "intra" in self.weights:
             assert saliences is not None
-            terms["intra"] = intra_layer_loss(
+            terms["intra"] = _lean.intra_layer_loss(
                 features,
                 [pair_channels(salience, config.ratio) for salience in saliences],
                 ratio=config.ratio,
@@ -166,7 +167,7 @@ class TfFD(Objective):
                 reduction=config.reduction if config.intra_loss == "l2" else "mean",
             )
         if "inter" in self.weights:
-            terms["inter"] = inter_layer_loss(
+            terms["inter"] = _lean.inter_layer_loss(
                 features,
                 self.pairs,
                 loss=config.inter_loss,
