@@ -32,8 +32,9 @@ from tffd_zoo.data.loaders import train_loader
 from tffd_zoo.data.memory import AUGMENTS, Augment, seeded_generator
 from tffd_zoo.data.streaming import RowGroup
 from tffd_zoo.recipe import differences, recipe_from_cli
+from tffd_zoo.run_record import read_metrics
 from tffd_zoo.tasks import CSKDConfig, PSKDConfig
-from tffd_zoo.training import read_metrics, train
+from tffd_zoo.training import train
 
 PAD = AUGMENTS["pad_crop_flip"]
 

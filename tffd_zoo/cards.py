@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .atomic import replacing_file
 from .cli import run_cli
+from .markdown import bullets, markdown_table
 from .models import HubFile, Release, releases
 
 LICENSE = "apache-2.0"
@@ -170,24 +171,7 @@ def render_results(entries: Sequence[Release]) -> str:
             lines.append(f"`{entry.name}`: {_comparison(_twin_of(entry), _twin_of(twin))}")
         elif "_" not in entry.tag:
             lines.append(f"`{entry.name}`: no plain twin was trained, so no gain by Tf-FD is claimed.")
-    return f"{markdown_table(header, rows)}\n\n{_bullets(lines)}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table that is aligned as plain text too: words to the left, figures to the right."""
-    cells = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [all(re.match(r"[-+]?[\d.]", row[column]) for row in rows) for column in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
-    return "\n".join([line(cells[0]), "| " + " | ".join(rule) + " |", *(line(row) for row in cells[1:])])
+    return f"{markdown_table(header, rows)}\n\n{bullets(lines)}"
 
 
 def _front_matter(info: CardInfo) -> str:
@@ -374,7 +358,7 @@ def _training(info: CardInfo) -> str:
         lines.append(f"hardware: {environment['hardware']}{took}")
     if environment.get("packages"):
         lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in environment["packages"].items()))
-    return _bullets(lines) + "\n\n`recipe.json` holds every setting."
+    return bullets(lines) + "\n\n`recipe.json` holds every setting."
 
 
 def _evaluation(info: CardInfo) -> str:
@@ -395,11 +379,11 @@ def _evaluation(info: CardInfo) -> str:
         chosen = ", chosen by top-1" if which == "best" else ""
         lines.append(f"{average}weights of the {which} epoch ({metrics['epoch']:g}){chosen}")
     if held_out:
-        return _bullets(lines)
+        return bullets(lines)
     source = f"hf-hub:{info.repo}" if info.repo else "local-dir:FOLDER"
     data = info.dataset.hub_id or info.recipe["data"]["source"]
     command = f"python -m tffd_zoo.eval {source} --data {data} --split {evaluation['split']}"
-    return f"{_bullets(lines)}\n\nRepeat it: `{command}`"
+    return f"{bullets(lines)}\n\nRepeat it: `{command}`"
 
 
 def _limits(info: CardInfo) -> str:
@@ -419,7 +403,7 @@ def _limits(info: CardInfo) -> str:
         f"Nothing outside {info.dataset.name}: no other images, no shift, no corruption, no transfer to other tasks.",
         "No check of how errors fall on groups of people or kinds of images.",
     ]
-    return _bullets(lines)
+    return bullets(lines)
 
 
 def _held_out(evaluation: Mapping[str, Any]) -> str:
@@ -448,10 +432,6 @@ def _licence(info: CardInfo) -> str:
         f"The weights are released under {LICENSE}; {info.dataset.name} has terms of its own. The method is Li's:\n\n"
         f"```bibtex\n{CITATION}\n```"
     )
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 # --- the zoo's own card -----------------------------------------------------------------------------------------------

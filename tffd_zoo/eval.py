@@ -9,38 +9,25 @@ from __future__ import annotations
 
 import atexit
 import csv
-import difflib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 import tyro
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
-from timm.models import is_model, parse_model_name, split_model_name_tag
-from timm.models._hub import hf_split
-from torch import nn
 
-from . import models  # noqa: F401 (registers the zoo's architectures with timm)
 from .allocator import keep_freed_memory
 from .atomic import replacing_file
-from .cards import markdown_table
 from .cli import run_cli
-from .data import ImageSpec, Loader, TrainSource, eval_loader, open_source
+from .data import ImageSpec, Loader, eval_loader, open_source
 from .evaluation import evaluate, evaluation_record
-from .export import CONFIG, SUMS, WEIGHTS, file_sha256, read_sums, verify_export
-from .models.weights import reason_of
-
-_logger = logging.getLogger(__name__)
+from .loading import check_labels, check_model_name, load_model
+from .markdown import markdown_table
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -141,113 +128,6 @@ def main(config: EvalConfig) -> None:
         if state.is_main_process and records:
             print(table(records))
             write_records(records, config.json, config.csv)
-
-
-def check_architecture(name: str) -> None:
-    """Refuse a name that no architecture has.
-
-    Raises:
-        ValueError: with the names that come close.
-    """
-    source, model_id = parse_model_name(name)
-    architecture = split_model_name_tag(model_id)[0]
-    if source is None and not is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has them all"
-        raise ValueError(f"there is no model {architecture!r}; {hint}")
-
-
-def check_model_name(name: str) -> None:
-    """Refuse a name that no weights have, before any data is read.
-
-    Raises:
-        ValueError: with the names that come close.
-    """
-    check_architecture(name)
-    source, model_id = parse_model_name(name)
-    if source is not None:
-        return
-    architecture, tag = split_model_name_tag(model_id)
-    pretrained = timm.list_pretrained(f"{architecture}.*") or timm.list_pretrained(architecture)
-    if not pretrained:
-        raise ValueError(f"{architecture} has no weights to evaluate; give an export of your own as local-dir:FOLDER")
-    if tag and name not in pretrained:
-        raise ValueError(f"{architecture} has no weights {tag!r}; choose one of {', '.join(pretrained)}")
-
-
-def load_model(name: str) -> nn.Module:
-    """Load a registered name, `hf-hub:org/name[@revision]` or `local-dir:FOLDER` with its weights.
-
-    An export is checked against its hashes first, on the Hub too.
-
-    Raises:
-        ValueError: it cannot be had; says why.
-        FileNotFoundError: a file of an export is missing.
-    """
-    source, model_id = parse_model_name(name)
-    if source == "local-dir" and (Path(model_id) / SUMS).exists():
-        verify_export(model_id)
-    try:
-        if source == "hf-hub":
-            _verify_download(model_id)
-        return timm.create_model(name, pretrained=True)
-    except (RuntimeError, SafetensorError) as error:  # how timm, torch and safetensors refuse
-        raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
-    except Exception as error:  # the Hub client's own errors and those of its HTTP library have no common base
-        if source == "hf-hub":
-            raise ValueError(f"{name} cannot be loaded: {reason_of(error)}") from error
-        if isinstance(error, OSError):
-            raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
-        raise
-
-
-def _verify_download(model_id: str) -> None:
-    """Compare an export on the Hub with its `SHA256SUMS`: neither timm nor the Hub's client looks at the bytes.
-
-    What was not exported by this package, or is in the cache without its sums, is left to timm.
-
-    Raises:
-        ValueError: a file that timm would load is another one.
-    """
-    repo, revision = hf_split(model_id)
-    config = Path(hf_hub_download(repo, CONFIG, revision=revision))
-    if "tffd_zoo" not in json.loads(config.read_text()):
-        return
-    try:
-        sums = read_sums(Path(hf_hub_download(repo, SUMS, revision=revision)).parent)
-    except EntryNotFoundError:
-        return
-    for path in (config, Path(hf_hub_download(repo, WEIGHTS, revision=revision))):
-        if file_sha256(path) != sums.get(path.name):
-            raise ValueError(
-                f"{path.resolve()} is not the {path.name} that {SUMS} lists; delete that file and try again, and if "
-                "this comes back, do not use the repository"
-            )
-
-
-def check_labels(name: str, model: nn.Module, source: TrainSource) -> None:
-    """Make sure that logit i of `model` and label i of `source` are the same class, as far as can be known.
-
-    Raises:
-        ValueError: the number of classes differs, or the same names stand in another order.
-    """
-    if model.num_classes != source.num_classes:
-        raise ValueError(
-            f"{name} tells {model.num_classes} classes apart but {source.name} has {source.num_classes}; "
-            "give data with the classes that it was trained on"
-        )
-    label_names = getattr(model, "pretrained_cfg", {}).get("label_names")
-    if not isinstance(label_names, Sequence) or tuple(label_names) == source.label_names:
-        return
-    index, ours, theirs = next(
-        (index, ours, theirs)
-        for index, (ours, theirs) in enumerate(zip(label_names, source.label_names, strict=True))
-        if ours != theirs
-    )
-    difference = f"class {index} is {ours!r} to {name} and {theirs!r} in {source.name}"
-    if set(label_names) == set(source.label_names):
-        raise ValueError(f"{difference}; order the classes of the data as the model has them")
-    _logger.warning("%s: the figures only mean something if these are two names of one thing", difference)
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

@@ -33,14 +33,12 @@ from .cards import LICENSE, CardInfo, Twin, render_card
 from .cli import run_cli
 from .evaluation import EvalResult, model_cost
 from .models import tffd_imagenet
+from .run_record import CURVES, ENVIRONMENT, EXPORT, RECIPE, RunRecord, weights_file
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-RECIPE = "recipe.json"
 METRICS = "metrics.json"
-ENVIRONMENT = "environment.json"
 CARD = "README.md"
-CURVES = "curves.png"
 SUMS = "SHA256SUMS"
 REQUIRED_FILES = (WEIGHTS, CONFIG, RECIPE, METRICS, CARD)
 METRIC_KEYS = {field.name for field in dataclasses.fields(EvalResult)} | {"params", "macs", "evaluation"}
@@ -199,18 +197,15 @@ def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str
         ValueError: the weights are not those of the recipe's model.
     """
     run = Path(run)
-    which, _, ema = weights.partition("_")
-    file = run / "weights" / f"{weights}.safetensors"
-    for needed in (run / RECIPE, run / "data.json", run / "metrics.jsonl", file):
-        if not needed.is_file():
-            raise FileNotFoundError(f"{run} is not a run that can be exported: it has no {needed.relative_to(run)}")
-    recipe, data, environment = (_read_json(run / name) for name in (RECIPE, "data.json", ENVIRONMENT))
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [record for record in records if record["kind"] == "eval"]
-    prefix = "ema_" if ema else ""
-    record = evaluations[-1] if which == "last" else max(evaluations, key=lambda record: record[f"{prefix}top1"])
-    if "hours" in record:
-        environment["hours"] = record["hours"]
+    record = RunRecord.read(run)
+    recipe, data = record.recipe, record.data
+    file = weights_file(run, weights)
+    if not (record.evaluations and file.is_file()):
+        lacks = file.relative_to(run) if record.evaluations else "finished epoch"
+        raise FileNotFoundError(f"{run} is not a run that can be exported: it has no {lacks}")
+    line = record.evaluation(weights)
+    prefix = "ema_" if weights.endswith("_ema") else ""
+    environment = {**record.environment, **({"hours": line["hours"]} if "hours" in line else {})}
 
     with torch.random.fork_rng(devices=[]):
         model = timm.create_model(recipe["model"], num_classes=len(data["label_names"]))
@@ -220,12 +215,12 @@ def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str
         raise ValueError(f"{file} does not hold the weights of {recipe['model']}: {_one_line(error)}") from error
     params, macs = model_cost(model, data["spec"]["input_size"])
     metrics = {
-        **{field.name: record[prefix + field.name] for field in dataclasses.fields(EvalResult)},
+        **{field.name: line[prefix + field.name] for field in dataclasses.fields(EvalResult)},
         "params": params,
         "macs": macs,
         "weights": weights,
-        "epoch": record["epoch"],
-        "trained_epochs": evaluations[-1]["epoch"],
+        "epoch": line["epoch"],
+        "trained_epochs": record.epochs_done,
         "evaluation": {
             "data": data["source"],
             "revision": data["revision"],
@@ -241,7 +236,7 @@ def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str
     curves = run / CURVES
     return export(
         model,
-        folder or run / "export",
+        folder or run / EXPORT,
         architecture=split_model_name_tag(recipe["model"])[0],
         tag=recipe["tag"],
         recipe=recipe,

@@ -24,12 +24,12 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import parse_model_name
 from torch import Tensor
 
-from .cards import markdown_table
 from .cli import run_cli
 from .data import ImageSource, ImageSpec, eval_loader, open_source
-from .eval import check_model_name, load_model
 from .export import without_local_paths
+from .loading import check_model_name, load_model
 from .losses import pair_channels
+from .markdown import markdown_table
 from .pictures import COLOURS, NEUTRAL, house_style, save_png
 from .salience import SalienceMetric, stage_salience
 from .stages import Stages, find_stages, stage_norms

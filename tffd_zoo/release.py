@@ -22,9 +22,9 @@ from .cards import find_dataset
 from .cli import run_cli
 from .data import ImageSpec, eval_loader, open_source
 from .data.memory import AUGMENTS
-from .eval import check_labels, load_model
 from .evaluation import evaluate, evaluation_record
 from .export import CURVES, ENVIRONMENT, SUMS, WEIGHTS, ExportInfo, export, verify_export
+from .loading import check_labels, load_model
 from .models import HubFile, Input, Metrics, Release, Training, WheelFile, add_release, releases
 from .models.manifest import MANIFEST
 

@@ -34,13 +34,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from tffd_zoo.allocator import keep_freed_memory
 from tffd_zoo.atomic import replacing_file
-from tffd_zoo.cards import markdown_table
 from tffd_zoo.cli import run_cli
 from tffd_zoo.data import ImageSource, ImageSpec, eval_loader, open_source
 from tffd_zoo.evaluation import evaluate, model_cost
+from tffd_zoo.markdown import markdown_table
 from tffd_zoo.pictures import COLOURS, NEUTRAL, house_style, save_png
 from tffd_zoo.recipe import Recipe, vary
-from tffd_zoo.training import read_metrics, train
+from tffd_zoo.run_record import METRICS_LINES, read_metrics
+from tffd_zoo.training import train
 from tffd_zoo.training.build import image_spec, make_loaders, make_task, memory_format, open_sources
 from tffd_zoo.training.run_folder import environment
 
@@ -304,7 +305,7 @@ def feeding(bench: Bench) -> Iterator[Row]:
         folder = bench.scratch / f"loop{attempt}"
         run = {"output": folder, "log_every": window, "max_steps": window * (windows + 1)}
         train(vary(recipe, "loop", run=run))
-        records = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"]
+        records = [r for r in read_metrics(folder / METRICS_LINES) if r["kind"] == "train"]
         ours += [r["images_per_second"] for r in records[1 : windows + 1]]
         stream = loader.epoch(0)
         for number in range(windows + 1):

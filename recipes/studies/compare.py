@@ -25,13 +25,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from tffd_zoo.cards import markdown_table
 from tffd_zoo.cli import run_cli
+from tffd_zoo.markdown import markdown_table
 from tffd_zoo.recipe import Recipe, differences, vary
+from tffd_zoo.run_record import METRICS_LINES, RunRecord, read_metrics, read_recipe
 from tffd_zoo.training import train
-from tffd_zoo.training.run_folder import read_json, read_metrics
 
-from .report import Row, RunRecord, Study, changes_of_record, collect, record_folder, write_report
+from .report import Row, Study, changes_of_record, collect, record_folder, write_report
 from .studies import STUDIES
 
 RUNS = Path("runs")
@@ -122,8 +122,8 @@ class Run:
     def conflict(self) -> str:
         """Where a run of another recipe has the place of this one, and in which fields it differs; empty if none."""
         recipe = self.recipe.to_dict()
-        lies = self.folder / "recipe.json"
-        changes = {self.folder: differences(recipe, read_json(lies)) if lies.exists() else None}
+        found = read_recipe(self.folder)
+        changes = {self.folder: None if found is None else differences(recipe, found)}
         if self.records is not None:
             changes[record_folder(recipe, self.records)] = changes_of_record(recipe, self.records)
         return "; ".join(
@@ -141,9 +141,9 @@ class Run:
         return evaluations[-1]["top1"] if evaluations else None
 
     def _evaluations(self) -> Sequence[Mapping[str, Any]]:
-        lies = self.folder / "metrics.jsonl"
+        lies = self.folder / METRICS_LINES
         if not lies.exists() and self.record is not None:
-            return RunRecord.read(self.record).evaluations
+            return RunRecord.read_finished(self.record).evaluations
         return [record for record in read_metrics(lies) if record["kind"] == "eval"]
 
 

@@ -16,9 +16,9 @@ import torch
 from timm import create_model
 
 from tffd_zoo.atomic import replacing_file
-from tffd_zoo.cards import markdown_table
 from tffd_zoo.cli import run_cli
 from tffd_zoo.evaluation import model_cost
+from tffd_zoo.markdown import markdown_table
 from tffd_zoo.stages import find_stages
 
 from .benchmark import RESULTS

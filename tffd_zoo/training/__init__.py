@@ -2,6 +2,6 @@
 
 from .loop import train
 from .progress import NonFiniteLoss
-from .run_folder import RunFolder, read_metrics
+from .run_folder import RunFolder
 
-__all__ = ["NonFiniteLoss", "RunFolder", "read_metrics", "train"]
+__all__ = ["NonFiniteLoss", "RunFolder", "train"]

@@ -29,7 +29,7 @@ from ..data import (
     train_loader,
 )
 from ..data.memory import AUGMENTS
-from ..eval import check_labels, check_model_name, load_model
+from ..loading import check_labels, check_model_name, load_model
 from ..recipe import DataConfig, Recipe
 from ..stages import Stages, find_stages, stage_activations
 from ..tasks import (

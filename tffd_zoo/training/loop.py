@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from ..allocator import keep_freed_memory
 from ..data import Batch, Loader
-from ..eval import check_architecture
 from ..evaluation import EvalResult, NonFiniteLogits, evaluate
 from ..export import export_run
+from ..loading import check_architecture
 from ..recipe import OptimConfig, Recipe
 from .build import (
     check_batch_of_one,
@@ -212,7 +212,7 @@ def train(recipe: Recipe) -> Path:
 
     # --- export -------------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        draw_curves([folder.path], folder.path / "curves.png")
+        draw_curves(folder.path)
         export_run(folder.path, weights=run.weights)
         accelerator.print(f"exported to {folder.path / 'export'}")
     accelerator.wait_for_everyone()

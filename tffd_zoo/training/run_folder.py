@@ -29,7 +29,9 @@ from torch import nn
 
 from ..atomic import replacing_file, replacing_folder, save_tensors
 from ..data import ImageSource, ImageSpec, TrainSource
+from ..json_files import read_json, write_json
 from ..recipe import Recipe, differences
+from ..run_record import CHECKPOINTS, DATA, ENVIRONMENT, METRICS_LINES, RECIPE, read_metrics, read_recipe, weights_file
 
 CHECKPOINT = "checkpoint.json"
 """What a checkpoint is of: its step, recipe and number of processes."""
@@ -50,11 +52,11 @@ class RunFolder:
         self.path = recipe.folder
         self.recipe = recipe
         self.accelerator = accelerator
-        self.checkpoints = self.path / "checkpoints"
-        self.metrics_file = self.path / "metrics.jsonl"
-        found = self.path / "recipe.json"
-        if found.exists():
-            changed = differences(recipe.to_dict(), read_json(found))
+        self.checkpoints = self.path / CHECKPOINTS
+        self.metrics_file = self.path / METRICS_LINES
+        found = read_recipe(self.path)
+        if found is not None:
+            changed = differences(recipe.to_dict(), found)
             if changed:
                 raise ValueError(
                     f"{self.path} holds a run of another recipe ({'; '.join(changed)}); "
@@ -63,8 +65,8 @@ class RunFolder:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "recipe.json", recipe.to_dict())
-            write_json(self.path / "environment.json", environment(accelerator))
+            write_json(self.path / RECIPE, recipe.to_dict())
+            write_json(self.path / ENVIRONMENT, environment(accelerator))
         accelerator.wait_for_everyone()
 
     def describe_data(self, train: TrainSource, evaluation: ImageSource, spec: ImageSpec) -> None:
@@ -75,7 +77,7 @@ class RunFolder:
                 for role, source in (("train", train), ("eval", evaluation))
             }
             about = {"source": train.name, "revision": train.revision, **splits, "spec": dataclasses.asdict(spec)}
-            write_json(self.path / "data.json", {**about, "label_names": list(train.label_names)})
+            write_json(self.path / DATA, {**about, "label_names": list(train.label_names)})
 
     # --- metrics ------------------------------------------------------------------------------------------------------
 
@@ -146,10 +148,7 @@ class RunFolder:
             ValueError: it is damaged, of another recipe or of another number of processes.
         """
         delete = "delete that folder to resume from the one before it"
-        try:
-            about = read_json(folder / CHECKPOINT) if (folder / CHECKPOINT).exists() else {}
-        except ValueError as error:
-            raise ValueError(f"the checkpoint {folder} cannot be read ({_first_line(error)}); {delete}") from error
+        about = read_json(folder / CHECKPOINT, delete) if (folder / CHECKPOINT).exists() else {}
         if changed := differences(self.recipe.to_dict(), about.get("recipe", self.recipe.to_dict())):
             raise ValueError(f"the checkpoint {folder} is of another recipe ({'; '.join(changed)}); {delete}")
         mine = self.accelerator.num_processes
@@ -171,7 +170,7 @@ class RunFolder:
 
     def weights(self, which: str, ema: bool = False) -> Path:
         """File of the `last` or `best` weights."""
-        return self.path / "weights" / f"{which}{'_ema' if ema else ''}.safetensors"
+        return weights_file(self.path, f"{which}_ema" if ema else which)
 
     def save_weights(self, model: nn.Module, which: str, ema: bool = False) -> None:
         """Write plain weights; on the main process."""
@@ -180,23 +179,6 @@ class RunFolder:
             path.parent.mkdir(exist_ok=True)
             with replacing_file(path) as aside:
                 save_tensors(model.state_dict(), aside)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file; a last line that a killed process left unfinished is not one."""
-    if not path.exists():
-        return []
-    finished = path.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in finished.splitlines()]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with replacing_file(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _first_line(error: Exception) -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tffd_zoo.atomic import replacing_file
-from tffd_zoo.cards import markdown_table
+from tffd_zoo.markdown import markdown_table
 from tffd_zoo.pictures import house_style, save_png
 from tffd_zoo.recipe import differences
+from tffd_zoo.run_record import RunRecord
 
 from .charts import Gain, Series, draw_curves, draw_gains, draw_shares
-from .records import RunRecord
 from .statistics import Estimate, estimate, interval_factor, paired_differences
 from .study import Row, Study
 
@@ -74,7 +74,11 @@ class _Runs:
 
     @staticmethod
     def _of_recipe(name: str, records: Path) -> dict[int, RunRecord]:
-        runs = [RunRecord.read(folder) for folder in records.glob(f"{name}-s*") if RECORD.sub("", folder.name) == name]
+        runs = [
+            RunRecord.read_finished(folder)
+            for folder in records.glob(f"{name}-s*")
+            if RECORD.sub("", folder.name) == name
+        ]
         return {run.seed: run for run in sorted(runs, key=lambda run: run.seed)}
 
     def _check_pairs(self) -> None:

@@ -1,0 +1,29 @@
+"""Markdown that GitHub and the Hub render, and that reads well as plain text: tables and lists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table that is aligned as plain text too: words to the left, figures to the right."""
+    cells = [list(header), *(list(row) for row in rows)]
+    numeric = [all(re.match(r"[-+]?[\d.]", row[column]) for row in rows) for column in range(len(header))]
+    # A rule needs a dash, and by some renderers three of them, beside the colon that aligns to the right.
+    widths = [max(3 + right, *(len(row[column]) for row in cells)) for column, right in enumerate(numeric)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * (width - right) + ":" * right for width, right in zip(widths, numeric, strict=True)]
+    return "\n".join([line(cells[0]), "| " + " | ".join(rule) + " |", *(line(row) for row in cells[1:])])
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """Return a Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
