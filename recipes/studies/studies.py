@@ -209,7 +209,6 @@ BUDGET = vary(
     "budget",
     optim={"epochs": 20, "sched": "linear", "warmup_epochs": 1.0, "ema_decay": 0.999},
     data={"holdout": 5000, "augment": "pad_crop_turns"},
-    run={"compile": False, "precision": "bf16"},
 )
 
 
