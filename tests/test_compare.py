@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
+import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 import tyro
 from run_records import PLAIN, TFFD, write_run
 
-from recipes.studies import compare
-from recipes.studies.compare import CompareConfig, Run, command_of, planned_runs, resolve, run_all
+from recipes.studies import compare, jobs
+from recipes.studies.compare import CompareConfig, command_of
+from recipes.studies.jobs import run_all
 from recipes.studies.report import Row, Study, collect
+from recipes.studies.runs import Run, resolve
 from recipes.studies.studies import STUDIES
 from tffd_zoo.recipe import vary
+from tffd_zoo.run_record import read_metrics
 from tffd_zoo.tasks import TeacherConfig
 
 STUDY = Study("trial", "does it help?", (Row(PLAIN, "cross-entropy"), Row(TFFD, "Tf-FD", twin="plain")), seeds=(0, 1))
@@ -31,29 +36,33 @@ TAUGHT = Study(
     seeds=(0, 1),
 )
 
-# Stands in for training: writes what a finished run leaves, and a line in a list of calls.
+# Stands in for training: leaves what a finished run leaves, and a line in a list of calls.
 TRAINER = """
-import json, pathlib, sys
-folder, calls, recipe, action = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-with open(calls, "a") as file:
+import os, pathlib, shutil, signal, sys, time
+folder, calls, made, action = map(pathlib.Path, sys.argv[1:])
+with calls.open("a") as file:
     file.write(folder.name + "\\n")
-print("training", folder.name)
-if action == "crash":
+print("training", folder.name, "with", os.environ.get("OMP_NUM_THREADS"), "threads")
+if action.name == "crash":
     sys.exit("no space left on device")
-if action == "interrupt":
-    import os, signal, time
+if action.name == "meet":  # another one that runs at the same time
+    while len(calls.read_text().split()) < 2:
+        time.sleep(0.01)
+if action.name in ("interrupt", "wait"):
     caught = []
     signal.signal(signal.SIGINT, lambda *_: caught.append(1))
-    os.kill(os.getppid(), signal.SIGINT)
+    (folder.parent / f"{folder.name}.ready").touch()
+    if action.name == "interrupt":
+        while len(list(folder.parent.glob("*.ready"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGINT)
     while not caught:
         time.sleep(0.01)
-    time.sleep(0.2)
-    (folder.parent / "caught").write_text(str(len(caught)))
+    time.sleep(0.3)
+    (folder.parent / f"{folder.name}.caught").write_text(str(len(caught)))
     sys.exit(130)
-(folder / "export").mkdir(parents=True)
-(folder / "recipe.json").write_text(recipe)
-line = {"kind": "eval", "step": 4, "epoch": 2.0, "top1": 60.0}
-(folder / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
+shutil.copytree(made, folder)
+(folder / "export").mkdir()
 (folder / "export" / "SHA256SUMS").write_text("")
 """
 
@@ -62,15 +71,15 @@ def trainer(calls: Path, **actions: str) -> Callable[[Run], list[str]]:
     """Commands of the stand-in; `actions` by the name of a recipe."""
 
     def command(run: Run) -> list[str]:
-        recipe = json.dumps(run.recipe.to_dict())
-        action = actions.get(run.recipe.name, "")
-        return [sys.executable, "-S", "-c", TRAINER, str(run.folder), str(calls), recipe, action]
+        made = write_run(Path(mkdtemp(dir=calls.parent)), run.recipe, run.recipe.run.seed, 60.0)
+        action = actions.get(run.recipe.name, "none")
+        return [sys.executable, "-S", "-c", TRAINER, *map(str, (run.folder, calls, made, action))]
 
     return command
 
 
-def plan(tmp_path: Path, study: Study = STUDY, **flags: object) -> list[Run]:
-    return planned_runs(study, CompareConfig(study.name, **{"output": tmp_path / "runs", **flags}))  # type: ignore[arg-type]
+def plan(tmp_path: Path, study: Study = STUDY, **flags: Any) -> list[Run]:
+    return [*CompareConfig(study.name, **{"output": tmp_path / "runs", **flags}).plan(study)]
 
 
 def called(calls: Path) -> list[str]:
@@ -84,27 +93,30 @@ def test_a_study_runs_one_seed_of_every_recipe_before_the_next_and_then_nothing_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = tmp_path / "calls"
-    run_all(STUDY, plan(tmp_path), trainer(calls))
+    run_all("trial", plan(tmp_path), trainer(calls))
     assert called(calls) == ["plain-s0", "tffd-s0", "plain-s1", "tffd-s1"]
     assert capsys.readouterr().out.splitlines()[-1] == "trial: 4 runs, 4 done now, 0 before, 0 failed"
-    assert (tmp_path / "runs" / "tffd-tffd_resnet20-s1.log").read_text() == "training tffd-tffd_resnet20-s1\n"
+    assert (
+        (tmp_path / "runs" / "tffd-tffd_resnet20-s1.log").read_text().startswith("training tffd-tffd_resnet20-s1 with")
+    )
 
-    run_all(STUDY, plan(tmp_path), trainer(calls))
+    run_all("trial", plan(tmp_path), trainer(calls))
     assert len(called(calls)) == 4
     assert capsys.readouterr().out == "trial: 4 runs, 0 done now, 4 before, 0 failed\n"
 
 
 def test_a_run_that_is_not_done_is_started_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls, runs = tmp_path / "calls", plan(tmp_path, seeds=(0,))
-    run_all(STUDY, runs, trainer(calls))
-    (runs[0].folder / "export" / "SHA256SUMS").unlink()  # killed before the export
-    (runs[0].folder / "export").rmdir()
+    run_all("trial", runs, trainer(calls))
+    shutil.rmtree(tmp_path / "runs" / "results")
+    shutil.rmtree(runs[0].folder / "export")  # killed before the export
     metrics = runs[1].folder / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace("2.0", "1.5"))  # stopped by --max-steps, which exports too
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:-1]))  # stopped by --max-steps, which exports too
     assert [run.state() for run in runs] == ["unfinished", "unfinished"]
 
     with pytest.raises(SystemExit):  # the stand-in cannot resume: it finds its folder
-        run_all(STUDY, runs, trainer(calls))
+        run_all("trial", runs, trainer(calls))
     assert called(calls)[2:] == ["plain-s0", "tffd-s0"]
     assert "plain seed 0: resuming" in capsys.readouterr().out
 
@@ -112,7 +124,7 @@ def test_a_run_that_is_not_done_is_started_again(tmp_path: Path, capsys: pytest.
 def test_a_failing_run_is_named_and_keeps_no_other_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls = tmp_path / "calls"
     with pytest.raises(SystemExit) as left:
-        run_all(STUDY, plan(tmp_path), trainer(calls, plain="crash"))
+        run_all("trial", plan(tmp_path), trainer(calls, plain="crash"))
     assert left.value.code == 1
     assert called(calls) == ["plain-s0", "tffd-s0", "plain-s1", "tffd-s1"]
     out = capsys.readouterr().out
@@ -122,26 +134,60 @@ def test_a_failing_run_is_named_and_keeps_no_other_back(tmp_path: Path, capsys: 
 
 def test_a_folder_with_another_recipe_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls = tmp_path / "calls"
-    run_all(STUDY, plan(tmp_path, seeds=(0,)), trainer(calls))
+    run_all("trial", plan(tmp_path, seeds=(0,)), trainer(calls))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
     with pytest.raises(SystemExit) as left:
-        run_all(STUDY, plan(tmp_path, seeds=(0,), epochs=7), trainer(calls))
+        run_all("trial", plan(tmp_path, seeds=(0,), epochs=7), trainer(calls))
     assert left.value.code == 1
     assert "(optim.epochs: 2 there, 7 here); pass --output" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")} == before
 
 
-def test_an_interrupt_reaches_the_run_once_and_ends_the_study(
+def test_an_interrupt_reaches_every_run_once_and_ends_the_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls, handler = tmp_path / "calls", signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as left:
-        run_all(STUDY, plan(tmp_path), trainer(calls, plain="interrupt"))
+        run_all("trial", plan(tmp_path), trainer(calls, plain="interrupt", tffd="wait"), jobs=2)
     assert left.value.code == 128 + signal.SIGINT
-    assert called(calls) == ["plain-s0"]
-    assert (tmp_path / "runs" / "caught").read_text() == "1"
-    assert "stopped in plain seed 0; the same command goes on from there" in capsys.readouterr().out
+    assert sorted(called(calls)) == ["plain-s0", "tffd-s0"]
+    assert [path.read_text() for path in (tmp_path / "runs").glob("*.caught")] == ["1", "1"]
+    out = capsys.readouterr().out
+    assert "[1/4] plain seed 0: stopped after 0 epochs" in out
+    assert out.splitlines()[-1] == "stopped; the same command goes on from there"
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+# --- side by side -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_go_side_by_side_with_their_part_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_cores", lambda: 9)
+    calls, runs = tmp_path / "calls", plan(tmp_path, seeds=(0,))
+    run_all("trial", runs, trainer(calls, plain="meet", tffd="meet"), jobs=2)  # alone, the first would wait for ever
+    assert [run.log.read_text().split()[-2] for run in runs] == ["4", "4"]
+
+
+def test_a_student_waits_for_its_teacher_and_nobody_else_does(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    runs = plan(tmp_path, TAUGHT, seeds=(0,))
+    students_first = [*runs[1:], runs[0]]
+    run_all("taught", students_first, trainer(calls), jobs=4)
+    assert sorted(called(calls)[:3]) == ["plain-s0", "teacher-tffd_resnet56-s100", "tffd-s0"]
+    assert called(calls)[3:] == ["offline-s0"]
+
+
+def test_a_student_is_not_started_when_its_teacher_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = tmp_path / "calls"
+    with pytest.raises(SystemExit):
+        run_all("taught", plan(tmp_path, TAUGHT, seeds=(0,)), trainer(calls, teacher="crash"), jobs=2)
+    assert "offline-s0" not in called(calls)
+    assert "[4/4] offline seed 0: not started, for its teacher failed: teacher seed 100" in capsys.readouterr().out
+
+
+def test_no_jobs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--jobs 0 runs nothing; give 1 or more"):
+        run_all("trial", plan(tmp_path), trainer(tmp_path / "calls"), jobs=0)
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -175,13 +221,13 @@ def test_overrides_reach_every_run_and_its_teacher(tmp_path: Path) -> None:
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
 def test_the_command_of_a_run_makes_that_very_run(study: Study) -> None:
     config = CompareConfig(study.name, output=Path("elsewhere"), data="digits", epochs=5, holdout=100)
-    for run in planned_runs(study, config):
+    for run in config.plan(study):
         *launched, module, name = (command := command_of(run, config))[:4]
         assert (launched, module, name) == ([sys.executable, "-m"], "recipes.studies.compare", study.name)
         parsed = tyro.cli(CompareConfig, args=command[3:])
         assert parsed.run is not None
         assert parsed.seeds is not None
-        assert resolve(study.row(parsed.run), *parsed.seeds, study, parsed) == run.recipe
+        assert resolve(study.row(parsed.run), *parsed.seeds, study, parsed.overrides) == run.recipe
 
 
 def test_a_launcher_goes_before_the_script(tmp_path: Path) -> None:
@@ -209,7 +255,7 @@ def test_every_recipe_of_a_study_sees_the_images_of_its_twin_and_has_a_name_in_i
 def test_the_list_shows_how_far_every_run_is_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_all(STUDY, plan(tmp_path, seeds=(0,))[:1], trainer(tmp_path / "calls"))
+    run_all("trial", plan(tmp_path, seeds=(0,))[:1], trainer(tmp_path / "calls"))
     capsys.readouterr()
     before = sorted((tmp_path / "runs").rglob("*"))
     compare.main(CompareConfig("trial", list=True, output=tmp_path / "runs"), {"trial": STUDY})
@@ -249,7 +295,7 @@ def test_a_collected_run_is_not_made_again_when_its_folder_is_gone(
         if run.recipe.name != "tffd":
             collect(write_run(tmp_path / "made", run.recipe, run.recipe.run.seed, 60.0), records)
     calls = tmp_path / "calls"
-    run_all(TAUGHT, plan(tmp_path, TAUGHT, **flags), trainer(calls))
+    run_all("taught", plan(tmp_path, TAUGHT, **flags), trainer(calls))
     assert called(calls) == ["tffd-s0"]
     assert capsys.readouterr().out.splitlines()[-1] == "taught: 4 runs, 1 done now, 3 before, 0 failed"
     compare.main(CompareConfig("taught", list=True, output=tmp_path / "runs", **flags), {"taught": TAUGHT})
@@ -270,9 +316,9 @@ def test_a_record_of_another_recipe_stops_a_run_before_it_starts(
     collect(write_run(tmp_path / "made", vary(PLAIN, "plain", optim={"lr": 0.2}), 0, 60.0), tmp_path / "records")
     calls = tmp_path / "calls"
     with pytest.raises(SystemExit):
-        run_all(STUDY, plan(tmp_path, results=tmp_path, seeds=(0,)), trainer(calls))
+        run_all("trial", plan(tmp_path, results=tmp_path, seeds=(0,)), trainer(calls))
     assert called(calls) == ["tffd-s0"]
-    assert "plain-s0 holds a run of another recipe (optim.lr: 0.2 there, 0.1 here)" in capsys.readouterr().out
+    assert "plain-s0 is the record of another recipe (optim.lr: 0.2 there, 0.1 here)" in capsys.readouterr().out
 
 
 def test_a_study_or_recipe_that_does_not_exist_is_refused_with_those_that_do() -> None:
@@ -284,15 +330,28 @@ def test_a_study_or_recipe_that_does_not_exist_is_refused_with_those_that_do() -
         compare.main(CompareConfig("trial", run="tffd"), {"trial": STUDY})
 
 
-def test_a_study_trains_and_reports_from_end_to_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_is_stopped_resumed_and_reported_by_one_command(tmp_path: Path) -> None:
+    # 57 images are left to train on.
+    study = ["digits", "--output", str(tmp_path), "--epochs", "3", "--seeds", "0", "--holdout", "1380", "--jobs", "2"]
+    command = [sys.executable, "-m", "recipes.studies.compare", *study]
     root = Path(compare.__file__).parents[2]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
-    flags = {"output": tmp_path, "epochs": 1, "seeds": (0,), "holdout": 1380}  # 57 images are left to train on
-    compare.main(CompareConfig("digits", **flags))
-    assert "2 runs, 2 done now, 0 before, 0 failed" in capsys.readouterr().out
-    compare.main(CompareConfig("digits", report=True, **flags))
+    metrics = [tmp_path / f"{name}-tffd_resnet20-s0" / "metrics.jsonl" for name in ("digits-plain", "digits-share")]
+
+    stopped = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    while stopped.poll() is None and not any(file.exists() for file in metrics):
+        time.sleep(0.02)
+    stopped.terminate()
+    out = stopped.communicate()[0]
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "stopped after" in out
+
+    resumed = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert "resuming" in resumed
+    assert "0 failed" in resumed
+    for file in metrics:
+        assert [line["epoch"] for line in read_metrics(file) if line["kind"] == "eval"] == [1, 2, 3]
+
+    compare.main(CompareConfig("digits", report=True, output=tmp_path))
     page = (tmp_path / "results" / "digits" / "README.md").read_text()
     assert "1,380 images held out of split `train` of digits" in page
     assert "`digits-share`" in page

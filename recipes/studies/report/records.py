@@ -19,13 +19,12 @@ def record_folder(recipe: Mapping[str, Any], records: Path) -> Path:
     return records / f"{recipe['name']}-s{recipe['run']['seed']}"
 
 
-def changes_of_record(recipe: Mapping[str, Any], records: Path) -> list[str] | None:
-    """Fields in which the collected record with the name and seed of `recipe` is of another recipe; None without one.
+def changes(recipe: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
+    """Fields in which `recipe` asks for another run than the recorded one.
 
     Places count for nothing: they have other names on every machine, and `data.json` says which images they were.
     """
-    recorded = read_recipe(record_folder(recipe, records))
-    return None if recorded is None else differences(_placeless(recipe), _placeless(recorded))
+    return differences(_placeless(recipe), _placeless(recorded))
 
 
 def collect(run: Path, records: Path) -> bool:
@@ -41,13 +40,12 @@ def collect(run: Path, records: Path) -> bool:
     """
     record = RunRecord.read_finished(run)
     destination = record_folder(record.recipe, records)
-    changes = changes_of_record(record.recipe, records)
-    if changes:
-        raise ValueError(
-            f"{destination} holds a run of another recipe ({'; '.join(changes)}); "
-            "pass --results with another folder, or remove it"
-        )
-    if changes is not None:
+    if (recorded := read_recipe(destination)) is not None:
+        if fields := changes(record.recipe, recorded):
+            raise ValueError(
+                f"{destination} holds a run of another recipe ({'; '.join(fields)}); "
+                "pass --results with another folder, or remove it"
+            )
         return False
     data = {key: value for key, value in record.data.items() if key != "label_names"}
     with replacing_folder(destination) as aside:
