@@ -1,7 +1,6 @@
 # Both targets do all their own set-up, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test lint clean
 
@@ -12,7 +11,7 @@ quickstart: .venv/installed
 	$(BIN)/python -m tffd_zoo.eval local-dir:runs/quickstart-tffd_resnet20-s0/export --data digits --split test
 
 test: lint
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -384,7 +384,7 @@ class TestChoices:
     def test_workers_share_the_cores_with_the_other_processes_of_this_machine(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+        monkeypatch.setattr("joblib.cpu_count", lambda: 12)
         assert (default_workers(), default_workers(2), default_workers(24)) == (8, 6, 1)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
         assert default_workers(24) == 3

@@ -28,6 +28,7 @@ from .data import ImageSpec, Loader, eval_loader, open_source
 from .evaluation import evaluate, evaluation_record
 from .loading import check_labels, check_model_name, load_model
 from .markdown import markdown_table
+from .threads import use_threads
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,6 +60,9 @@ class EvalConfig:
     """Processes that decode images, when they do not fit in memory; one per core when not given."""
     device: str | None = None
     """Where to run: cpu, cuda, cuda:1, mps; the fastest there is when not given."""
+    threads: int | None = None
+    """Threads of each process; when not given OMP_NUM_THREADS, or else the cores divided by the processes that share
+    them."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
     json: Path | None = None
@@ -80,6 +84,7 @@ def main(config: EvalConfig) -> None:
         check_model_name(name)
     keep_freed_memory()
     state, device = _processes_and_device(config.device)
+    threads = use_threads(config.threads, state.num_processes)
     with state.main_process_first():  # one process downloads, the others find it there
         source = open_source(
             config.data,
@@ -122,6 +127,7 @@ def main(config: EvalConfig) -> None:
                 "batch_size": config.batch_size,
                 "precision": config.precision,
                 "processes": state.num_processes,
+                "threads": threads,
             }
             records.append({"model": name, **record, "evaluation": record["evaluation"] | settings})
     finally:

@@ -31,7 +31,7 @@ from .tasks import (
 # Fields that change where and how a run is kept, not what it computes: a resumed run may differ in them.
 OPERATIONAL = (
     "run.output", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.max_steps",
-    "data.workers", "data.in_memory",
+    "run.threads", "data.workers", "data.in_memory",
 )  # fmt: skip
 
 
@@ -126,6 +126,9 @@ class RunConfig:
     """Mixed precision."""
     compile: bool = False
     """Compile the training step: on CPU half a minute at the start, for the last few percent of Tf-FD's price."""
+    threads: int | None = None
+    """Threads of each process; when not given OMP_NUM_THREADS, or else the cores divided by the processes that share
+    them."""
     channels_last: bool | None = None
     """Memory layout; when not given, channels_last on CPU and with mixed precision."""
     sync_bn: bool = False

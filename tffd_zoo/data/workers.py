@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..threads import cores_per_process
+
 MAX_WORKERS = 8
 
 Request = TypeVar("Request")
@@ -17,9 +19,7 @@ Result = TypeVar("Result")
 
 def default_workers(processes: int = 1) -> int:
     """Return how many workers each of `processes` training processes may have: its share of the cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    on_this_machine = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-    return max(1, min(MAX_WORKERS, cores // on_this_machine))
+    return min(MAX_WORKERS, cores_per_process(processes))
 
 
 class WorkerPool(Generic[Request, Result]):

@@ -32,6 +32,7 @@ from ..evaluation import EvalResult, NonFiniteLogits, evaluate
 from ..export import export_run
 from ..loading import check_architecture
 from ..recipe import OptimConfig, Recipe
+from ..threads import use_threads
 from .build import (
     check_batch_of_one,
     check_trackers,
@@ -53,7 +54,7 @@ def train(recipe: Recipe) -> Path:
     """Run `recipe`, or what is left of it, and return the folder of its export.
 
     The same call resumes a run that was stopped, killed or cut off: it ends with the weights, to the bit, of a run that
-    never was (same machine, same number of processes). SIGTERM and Ctrl-C write a checkpoint and leave.
+    never was (same machine, same number of processes and threads). SIGTERM and Ctrl-C write a checkpoint and leave.
 
     Raises:
         ValueError: settings or data that cannot work, in one line that names the mend.
@@ -70,6 +71,7 @@ def train(recipe: Recipe) -> Path:
         # The task's buffers are equal on every process by construction; BatchNorm statistics are each process's own.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    threads = use_threads(run.threads, accelerator.num_processes)
     check_trackers(run.trackers, accelerator)
     set_seed(run.seed)
 
@@ -129,7 +131,8 @@ def train(recipe: Recipe) -> Path:
     scheduler.step_update(progress.step)
     accelerator.print(
         f"{recipe.model}, {recipe.name}: {train_batches.describe()}\n"
-        f"{optim.epochs} epochs of {steps_per_epoch} steps on {accelerator.num_processes} process(es), global batch "
+        f"{optim.epochs} epochs of {steps_per_epoch} steps on {accelerator.num_processes} process(es) of {threads} "
+        f"thread(s), global batch "
         f"{optim.batch_size * accelerator.num_processes * optim.accumulate}\n"
         f"{'resuming at step ' + str(progress.step) + ' in' if checkpoint else 'writing to'} {folder.path}"
     )

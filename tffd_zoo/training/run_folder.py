@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -32,6 +31,7 @@ from ..data import ImageSource, ImageSpec, TrainSource
 from ..json_files import read_json, write_json
 from ..recipe import Recipe, differences
 from ..run_record import CHECKPOINTS, DATA, ENVIRONMENT, METRICS_LINES, RECIPE, read_metrics, read_recipe, weights_file
+from ..threads import cores_per_process
 
 CHECKPOINT = "checkpoint.json"
 """What a checkpoint is of: its step, recipe and number of processes."""
@@ -204,7 +204,7 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {capability}"
+    return f"{platform.machine()} CPU, {cores_per_process()} cores, {capability}"
 
 
 def _commit() -> str | None:
