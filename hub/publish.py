@@ -115,7 +115,7 @@ def main(config: PublishConfig) -> None:
         tag(config, commit)
 
     print(f"published: {HfApi().endpoint}/{config.repo}/tree/{config.tag}, commit {commit}\nload it:")
-    if info.config["architecture"] == info.architecture:
+    if info.config["architecture"].startswith("tffd_"):
         print("  import tffd_zoo  # registers the architecture with timm")
     print(f'  timm.create_model("hf-hub:{config.repo}@{config.tag}", pretrained=True)')
     entry = replace(entry, file=HubFile(config.repo, commit))

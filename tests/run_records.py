@@ -45,7 +45,7 @@ def write_run(folder: Path, recipe: Recipe, seed: int, top1: float, **changes: A
         },
         "data": {
             "source": "uoft-cs/cifar100",
-            "revision": None,
+            "revision": "e0c1d2",
             "train": {"split": "train", "images": 50000, "fingerprint": "a"},
             "eval": {"split": "test", "images": 10000, "fingerprint": "b"},
             "label_names": ["apple"],

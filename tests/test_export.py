@@ -235,7 +235,21 @@ def test_paths_of_this_machine_do_not_travel(tmp_path: Path) -> None:
         assert str(tmp_path).encode() not in content, name
     info = verify_export(tmp_path / "export")
     assert info.recipe["data"]["source"] == info.metrics["evaluation"]["data"] == "my cifar"
-    assert info.recipe["run"]["output"] == "one"
+    assert "output" not in info.recipe["run"]
+
+
+def test_a_recipe_has_one_hash_wherever_and_whereto_the_command_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = set()
+    for place in ("a folder", "another"):
+        (tmp_path / place / "data" / "pets").mkdir(parents=True)
+        (tmp_path / place / "tffd").mkdir()  # the recipe's very name; any word of a recipe may be a folder's too
+        monkeypatch.chdir(tmp_path / place)
+        for source, output in (("data/pets", None), ("./data/pets", "runs/x"), (f"{tmp_path}/{place}/data/pets", "y")):
+            recipe = vary(RECIPE, "tffd", data={"source": source}, run={"output": output and Path(output)})
+            hashes.add(export_small(tmp_path / "export", recipe=recipe.to_dict()).config["tffd_zoo"]["recipe_sha256"])
+    assert len(hashes) == 1
 
 
 @pytest.mark.parametrize(
@@ -401,7 +415,7 @@ def finished(tmp_path: Path) -> Path:
         "label_names": NAMES,
     }
     environment = {"device": "cpu", "hardware": "abacus", "packages": {"torch": "2", "timm": "1"}, "processes": 1}
-    lines: list[dict[str, Any]] = [{"kind": "train", "step": 5, "loss": 1.0}]
+    lines: list[dict[str, Any]] = [{"kind": "train", "step": 5, "epoch": 0.5, "loss": 1.0}]
     for epoch, correct in enumerate([10, 30, 20], start=1):
         result = asdict(EvalResult(100, correct, 90, float(correct), 90.0, 1.0, 2.0, 1.0, 100.0))
         average = asdict(EvalResult(100, correct + 5, 90, correct + 5.0, 90.0, 1.0, 2.0, 1.0, 100.0))
@@ -439,7 +453,7 @@ def test_the_command_exports_where_it_is_told_and_says_how_to_load_it(
     run_cli(main, ExportConfig, [str(finished), "--weights", "best", "--out", str(tmp_path / "out")])
     out = capsys.readouterr().out
     line = re.search(r"timm\.create_model\(.*\)", out)
-    assert "tffd_resnet20.c100, top-1 30.00 %" in out
+    assert "tffd_resnet20.own3, top-1 30.00 %" in out
     assert line is not None
     model = eval(line[0], {"timm": timm})
     assert model.num_classes == 3

@@ -190,7 +190,7 @@ def test_collected_records_keep_no_path_of_this_machine(tmp_path: Path) -> None:
     here = tmp_path / "somewhere" / "cifar100"
     here.mkdir(parents=True)
     recipe = vary(TFFD, "tffd", data={"source": str(here)})
-    run = write_run(tmp_path / "runs", recipe, 0, 60.0, data={"source": str(here)})
+    run = write_run(tmp_path / "runs", recipe, 0, 60.0, data={"source": str(here), "revision": None})
     assert collect(run, tmp_path / "records")
     texts = [path.read_text() for path in (tmp_path / "records" / "tffd-s0").iterdir()]
     assert len(texts) == 4

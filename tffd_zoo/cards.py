@@ -6,16 +6,16 @@ own card, MODEL_CARD.md, gets its figures from the manifest: `python -m tffd_zoo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from .atomic import replacing_file
 from .cli import run_cli
+from .known_data import Dataset, find_dataset
 from .markdown import bullets, markdown_table
 from .models import HubFile, Release, releases
 
@@ -28,41 +28,6 @@ CITATION = """\
   year      = {2022},
   doi       = {10.1007/978-3-031-19809-0_20}
 }"""
-
-
-class Dataset(NamedTuple):
-    """A data set that tags name."""
-
-    name: str
-    hub_id: str | None
-    """Its id on the Hub; None for one that lies elsewhere."""
-    classes: int | None = None
-    usual_epochs: int | None = None
-    """Length of the runs that the literature's figures are from."""
-
-
-DATASETS = {
-    "c100": Dataset("CIFAR-100", "uoft-cs/cifar100", 100, 240),
-    "in1k": Dataset("ImageNet-1k", "ILSVRC/imagenet-1k", 1000, 100),
-    "digits": Dataset("scikit-learn's handwritten digits", None, 10),
-}
-"""Data sets by the last part of a tag: `c100` of `ce_c100`."""
-
-
-def find_dataset(recipe: Mapping[str, Any], tag: str, classes: int) -> Dataset:
-    """The data set of a run: the one that its source names; that of the tag only where the source was a local path.
-
-    A preset keeps its tag whatever `--data` it is given, so that a tag alone proves nothing, and a folder with another
-    number of classes is not what the tag says.
-    """
-    source = str(recipe.get("data", {}).get("source", "its data set"))
-    by_source = {dataset.hub_id or key: dataset for key, dataset in DATASETS.items()}
-    if source in by_source:
-        return by_source[source]
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        return Dataset(source, source, classes)
-    by_tag = DATASETS.get(tag.split("_")[-1])
-    return by_tag if by_tag and by_tag.classes == classes else Dataset(source, None, classes)
 
 
 CHOSEN_ON_ITS_TEST = "The best epoch was chosen on the very images that the figures are from, which flatters them."
@@ -109,7 +74,12 @@ class CardInfo:
 
     @property
     def dataset(self) -> Dataset:
-        return find_dataset(self.recipe, self.tag, self.config["num_classes"])
+        return find_dataset(self.recipe["data"]["source"], self.config["num_classes"])
+
+    @property
+    def timms_own(self) -> bool:
+        """timm builds it without this package."""
+        return not self.config["architecture"].startswith("tffd_")
 
 
 def render_card(info: CardInfo) -> str:
@@ -248,10 +218,9 @@ def _short_method(recipe: Mapping[str, Any]) -> str:
 
 def _loading(info: CardInfo) -> str:
     source = f"hf-hub:{info.repo}" if info.repo else "local-dir:FOLDER"
-    plain_timm = info.config["architecture"] != info.architecture
     lines = [
         "import timm",
-        *([] if plain_timm else ["import tffd_zoo  # registers the architecture with timm"]),
+        *([] if info.timms_own else ["import tffd_zoo  # registers the architecture with timm"]),
         "from PIL import Image",
         "",
         f'model = timm.create_model("{source}", pretrained=True).eval()',
@@ -259,10 +228,11 @@ def _loading(info: CardInfo) -> str:
         'logits = model(transform(Image.open("image.png").convert("RGB"))[None])',
         'print(model.pretrained_cfg["label_names"][logits.argmax().item()])',
     ]
-    note = f"This is timm's own `{info.config['architecture']}`; nothing but timm is needed.\n\n" if plain_timm else ""
+    timm_alone = f"This is timm's own `{info.config['architecture']}`; nothing but timm is needed.\n\n"
+    note = timm_alone if info.timms_own else ""
     name = f'"{info.repo.partition("@")[0]}"' if info.repo else '"FOLDER"'
     transformers = f'`transformers.pipeline("image-classification", model={name})` loads it too'
-    if not plain_timm:
+    if not info.timms_own:
         transformers += (
             ", once `tffd_zoo` is imported: without that it asks for a newer timm, which would not help. Programs that "
             "do not import it run as `python -m tffd_zoo PROGRAM [ARGS]`"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from .atomic import replacing_folder, restore_folder, save_tensors
 from .cards import LICENSE, CardInfo, Twin, render_card
 from .cli import run_cli
 from .evaluation import EvalResult, model_cost
+from .known_data import data_tag, portable, portable_recipe, portable_source
 from .models import tffd_imagenet
 from .run_record import CURVES, ENVIRONMENT, EXPORT, RECIPE, RunRecord, weights_file
 
@@ -111,7 +111,8 @@ def export(
             `config.json` names timm's, so that loading needs no import of this package.
         tag: what was trained, `c100` for Tf-FD on CIFAR-100.
         recipe: the resolved recipe of the run, as `Recipe.to_dict` gives it. Here and in `metrics` and `environment`,
-            local paths are cut down to their last part: an export is made to be published.
+            local paths are cut down to their last part: an export is made to be published, and the same wherever it was
+            made.
         metrics: figures of these weights, ready for JSON: the fields of `EvalResult`, `params`, `macs`, and
             `evaluation` with the settings that they were measured at (`data`, `split`, ...), as `evaluation_record`
             gives them; where known, which `weights` of the run they are, their `epoch`, and `trained_epochs`.
@@ -143,7 +144,12 @@ def export(
             raise ValueError(f"weight {name!r} is not finite, so there is nothing worth exporting; use earlier weights")
 
     stored = {name: t.half() if half and t.is_floating_point() else t for name, t in tensors.items()}
-    recipe, metrics, environment = (without_local_paths(value) for value in (recipe, metrics, environment))
+    evaluation = metrics["evaluation"]
+    revision = evaluation.get("revision")
+    if "data" in evaluation:
+        evaluation = {**evaluation, "data": portable_source(evaluation["data"], revision)}
+    recipe = portable_recipe(recipe, revision)
+    metrics, environment = portable({**metrics, "evaluation": evaluation}), portable(environment)
     recipe_json = _to_json(recipe)
     timms_own = architecture in tffd_imagenet.ARCHITECTURES
     provenance = {
@@ -238,7 +244,7 @@ def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str
         model,
         folder or run / EXPORT,
         architecture=split_model_name_tag(recipe["model"])[0],
-        tag=recipe["tag"],
+        tag=_tag_of_run(recipe, data),
         recipe=recipe,
         metrics=metrics,
         label_names=data["label_names"],
@@ -344,15 +350,11 @@ def _write_card(folder: Path, *, twin: Twin | None = None, repo: str | None = No
     write_sums(folder)
 
 
-def without_local_paths(value: Any) -> Any:
-    """Cut every path of this machine in `value` down to its last part."""
-    if isinstance(value, Mapping):
-        return {key: without_local_paths(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_local_paths(item) for item in value]
-    if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
-        return Path(value).absolute().name
-    return value
+def _tag_of_run(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """The method of the recipe's tag, and the data that it was trained on in fact, which `--data` may have changed."""
+    method = recipe["tag"].rpartition("_")[0]
+    trained_on = data_tag(portable_source(data["source"], data["revision"]), len(data["label_names"]))
+    return f"{method}_{trained_on}" if method else trained_on
 
 
 def _read_json(path: Path) -> dict[str, Any]:

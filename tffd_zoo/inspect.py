@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .cli import run_cli
 from .data import ImageSource, ImageSpec, eval_loader, open_source
-from .export import without_local_paths
+from .known_data import portable_source
 from .loading import check_model_name, load_model
 from .losses import pair_channels
 from .markdown import markdown_table
@@ -340,7 +340,7 @@ def look_inside(config: InspectConfig) -> Look:
         shown.append((image[0] * std + mean).clamp(0, 1))
     images = "this one image"
     if source is not None:
-        images = f"{len(source)} images of split {source.split} of {without_local_paths(source.name)}"
+        images = f"{len(source)} images of split {source.split} of {portable_source(source.name, source.revision)}"
     return Look(models, shown[0], images)
 
 

@@ -18,12 +18,12 @@ from typing import Annotated
 import tyro
 from accelerate import PartialState
 
-from .cards import find_dataset
 from .cli import run_cli
 from .data import ImageSpec, eval_loader, open_source
 from .data.memory import AUGMENTS
 from .evaluation import evaluate, evaluation_record
 from .export import CURVES, ENVIRONMENT, SUMS, WEIGHTS, ExportInfo, export, verify_export
+from .known_data import find_dataset
 from .loading import check_labels, load_model
 from .models import HubFile, Input, Metrics, Release, Training, WheelFile, add_release, releases
 from .models.manifest import MANIFEST
@@ -134,7 +134,7 @@ def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None 
         raise ValueError(f"{info.folder}: {ENVIRONMENT} does not say how long the training took; pass --hours")
     evaluation, preprocessing = info.metrics["evaluation"], info.config["pretrained_cfg"]
     label_names = tuple(info.config["label_names"])
-    hub_id = find_dataset(info.recipe, info.tag, len(label_names)).hub_id
+    hub_id = find_dataset(info.recipe["data"]["source"], len(label_names)).hub_id
     return Release(
         architecture=info.architecture,
         tag=info.tag,

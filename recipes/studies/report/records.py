@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tffd_zoo.atomic import replacing_folder
-from tffd_zoo.export import without_local_paths
 from tffd_zoo.json_files import write_json
+from tffd_zoo.known_data import portable, portable_recipe, portable_source
 from tffd_zoo.recipe import differences
 from tffd_zoo.run_record import DATA, ENVIRONMENT, METRICS_LINES, RECIPE, RunRecord, read_recipe
 
@@ -47,11 +47,13 @@ def collect(run: Path, records: Path) -> bool:
                 "pass --results with another folder, or remove it"
             )
         return False
+    revision = record.data["revision"]
     data = {key: value for key, value in record.data.items() if key != "label_names"}
+    data["source"] = portable_source(data["source"], revision)
     with replacing_folder(destination) as aside:
-        write_json(aside / RECIPE, without_local_paths(record.recipe))
-        write_json(aside / ENVIRONMENT, without_local_paths(record.environment))
-        write_json(aside / DATA, without_local_paths(data))
+        write_json(aside / RECIPE, portable_recipe(record.recipe, revision))
+        write_json(aside / ENVIRONMENT, portable(record.environment))
+        write_json(aside / DATA, portable(data))
         (aside / METRICS_LINES).write_text("".join(json.dumps(line) + "\n" for line in record.metrics))
     return True
 
