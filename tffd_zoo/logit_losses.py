@@ -36,8 +36,10 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
 def standardise(logits: Tensor) -> Tensor:
     """(z - mean z) / std z over the classes of each image: the student need not copy the teacher's scale.
 
+    The standard deviation is the sample's (n - 1), as in the paper's code.
+
     Source: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024 (arXiv 2403.01427).
     """
     logits = logits.float()
     centred = logits - logits.mean(dim=1, keepdim=True)
-    return centred / (logits.std(dim=1, keepdim=True, correction=0) + 1e-7)
+    return centred / (logits.std(dim=1, keepdim=True) + 1e-7)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from timm.loss import create_classification_loss
 from timm.models import group_parameters
 from timm.task import TrainingTask
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..schedules import LossWeight
 from ..stages import Stages
+from .gradients import GradientNorms, lambdas_for_shares, untouched
 
 
 class View(NamedTuple):
@@ -25,28 +27,25 @@ class View(NamedTuple):
     targets: Tensor  # (N,) class indices, or (N, classes) after mixup
     logits: Tensor  # (N, classes), float32 even where autocast gave less
     features: list[Tensor]  # per stage (N, C_l, H_l, W_l), shallow to deep
-    indices: Tensor | None  # (N,) positions in the data set
+    positions: Tensor | None  # (N,) which images of the data set these are
 
 
 @dataclass(frozen=True)
 class Weight:
-    """How strongly a named loss enters the objective.
+    """How strongly a named loss enters the objective: w(t) lambda.
 
     Attributes:
-        value: the factor lambda (with `share`: its start, until the first measurement).
-        share: target share: lambda follows the measured gradient norms so that
-            lambda ||grad L|| / ||grad CE|| stays near this number.
-        scheduled: whether the task's loss-weight schedule w(t) multiplies it.
-        schedule: a schedule of its own, in place of the task's.
-        replaces_ce: whether it takes its weight from cross-entropy, which then counts 1 - lambda: the two are mixed
-            rather than added.
+        value: the factor lambda.
+        share: choose lambda by this gradient share instead, lambda ||grad L|| / ||grad CE|| at the start of the run
+            (`DistillationTask.choose_lambdas`).
+        schedule: w as a function of the epoch; constant 1 when None.
+        takes_ce: how much of cross-entropy's weight of 1 it takes at w = 1: the two are mixed rather than added.
     """
 
     value: float = 1.0
     share: float | None = None
-    scheduled: bool = True
     schedule: LossWeight | None = None
-    replaces_ce: bool = False
+    takes_ce: float = 0.0
 
 
 class Objective(nn.Module):
@@ -78,7 +77,7 @@ class StagedModel(nn.Module):
     def __init__(self, model: nn.Module, stages: Stages, taps: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.model: Any = model
-        self.indices = list(stages.indices)
+        self.stage_indices = list(stages.indices)
         self.tapped = bool(taps)
         self._tapped: list[Tensor] | None = None
         for module in taps:
@@ -93,7 +92,7 @@ class StagedModel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         self._tapped = []
-        final, features = self.model.forward_intermediates(images, indices=self.indices, output_fmt="NCHW")
+        final, features = self.model.forward_intermediates(images, indices=self.stage_indices, output_fmt="NCHW")
         if self.tapped:
             features = self._tapped
         self._tapped = None
@@ -109,34 +108,37 @@ class StagedModel(nn.Module):
         return lambda name: layers[name.removeprefix("model.")]
 
 
-class DistillationTask(TrainingTask):
-    """Cross-entropy plus w(t) sum_k lambda_k L_k over the losses of its objectives, on one forward pass.
+SHARE_STEPS = 10
+"""Steps over which gradient norms are averaged to choose a lambda."""
 
-    A loss that replaces cross-entropy takes its weight from it: (1 - sum_replacing w lambda_k) CE + ...
+
+class DistillationTask(TrainingTask):
+    """Cross-entropy plus sum_k w_k(t) lambda_k L_k over the losses of its objectives, on one forward pass.
+
+    A loss that takes its weight from cross-entropy leaves it (1 - sum_taking w_k takes_ce_k).
 
     `forward(images, targets)` returns a dict: `loss` (to call backward on), `output` (logits), `ce`, every L_k by name,
-    `loss_weight` (w) and `loss_weight/<name>` for a loss with a schedule of its own, and on measured batches
-    `grad_ratio/<name>`, the gradient share w lambda_k ||grad L_k|| / ||grad CE|| on the model's parameters.
+    `loss_weight/<name>` (w_k) for every loss with a schedule, and on measured batches `grad_ratio/<name>`, the gradient
+    share w_k lambda_k ||grad L_k|| / ||grad CE|| on the model's parameters.
 
-    Only training batches count: the schedule and all measurements stand still in eval mode. The batch count and the
-    state of the objectives are buffers, so a state dict resumes them.
+    A lambda that is to have a gradient share is NaN until `choose_lambdas` has set it, once, before training.
+
+    Only training batches count: the schedules and all measurements stand still in eval mode. The batch count, the
+    lambdas and the state of the objectives are buffers, so a state dict resumes them.
 
     Args:
         model: any timm model.
         objectives: where the named losses come from; none gives plain training.
         stages: stages whose features the objectives see; needed with objectives.
         criterion: the classification loss; cross-entropy when None.
-        schedule: w as a function of the epoch; constant 1 when None.
         batches_per_epoch: forward passes in an epoch on one process; needed with a schedule.
         measure_every: measure gradient shares every so many batches; 0 never.
         taps: the stages' last activations (`stage_activations`), for features before the activation.
     """
 
     batches_seen: Tensor
-    loss_weight: Tensor
     lambdas: Tensor
-    own_weights: Tensor
-    scheduled: Tensor
+    loss_weights: Tensor
 
     def __init__(
         self,
@@ -145,7 +147,6 @@ class DistillationTask(TrainingTask):
         *,
         stages: Stages | None = None,
         criterion: nn.Module | None = None,
-        schedule: LossWeight | None = None,
         batches_per_epoch: int | None = None,
         measure_every: int = 0,
         taps: Sequence[nn.Module] = (),
@@ -156,92 +157,72 @@ class DistillationTask(TrainingTask):
         if objectives and stages is None:
             raise ValueError("objectives compare stage features: pass stages=find_stages(model)")
         weights = {name: weight for objective in objectives for name, weight in objective.weights.items()}
-        schedules = {name: weight.schedule for name, weight in weights.items() if weight.schedule is not None}
-        if (schedule is not None or schedules) and not batches_per_epoch:
+        assert len(weights) == sum(len(objective.weights) for objective in objectives), "two losses share a name"
+        if any(weight.schedule for weight in weights.values()) and not batches_per_epoch:
             raise ValueError(
                 "the loss-weight schedule runs in epochs: pass batches_per_epoch=len(train_loader), or switch it off "
                 "with warmup=0, decay='none'"
             )
-        assert len(weights) == sum(len(objective.weights) for objective in objectives), "two losses share a name"
-        if any(weight.share for weight in weights.values()) and measure_every < 1:
-            raise ValueError("a target gradient share has to be measured: set measure_every to 1 or more batches")
+        if (taken := sum(weight.takes_ce for weight in weights.values())) > 1:
+            raise ValueError(f"the losses would take {taken:g} of cross-entropy's weight, which is 1; leave one out")
 
         # Plain training asks nothing of a model but logits.
         self.trainable_module: nn.Module = model if stages is None else StagedModel(model, stages, taps)
         self.objectives: Any = nn.ModuleList(objectives)
         self.criterion = criterion if criterion is not None else create_classification_loss()
         self.stages = stages
-        self.schedule = schedule
+        self.weights = weights
         self.batches_per_epoch = batches_per_epoch or 0
         self.measure_every = measure_every
-        self.names = tuple(weights)
-        self.shares = tuple(weight.share for weight in weights.values())
-        self.schedules = schedules
-        self.replacing = tuple(weight.replaces_ce for weight in weights.values())
         self.paired = any(objective.paired for objective in objectives)
         self._compute_compiled: Callable[..., Any] | None = None
-        # The count steers Python branches: a host mirror spares the hot path the device read.
+        # The count steers Python branches: a host mirror spares the hot path the device read. So with the lambdas.
         self._batches = 0
+        self.undecided = {name for name, weight in weights.items() if weight.share}
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("loss_weight", torch.ones(()))
-        self.register_buffer("lambdas", torch.tensor([weight.value for weight in weights.values()]))
-        # Of the losses that w(t) does not multiply: 1, or what their own schedules say.
-        self.register_buffer("own_weights", torch.ones(len(weights)), persistent=bool(schedules))
-        scheduled = [weight.scheduled and weight.schedule is None for weight in weights.values()]
-        self.register_buffer("scheduled", torch.tensor(scheduled, dtype=torch.bool), persistent=False)
-        self.register_load_state_dict_post_hook(lambda task, _: task._read_batch_count())
-
-    def _read_batch_count(self) -> None:
-        self._batches = int(self.batches_seen)
+        values = [math.nan if weight.share else weight.value for weight in weights.values()]
+        self.register_buffer("lambdas", torch.tensor(values, dtype=torch.float32))
+        self.register_buffer("loss_weights", torch.ones(len(weights)))
+        self.register_load_state_dict_post_hook(_mirror_state)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def forward(self, input: Tensor, target: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, input: Tensor, target: Tensor, positions: Tensor | None = None) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
             input: (N, 3, H, W) images.
             target: (N,) class indices, or (N, classes) soft targets.
-            indices: (N,) positions in the data set, for the objectives that remember images.
+            positions: (N,) which images of the data set these are, for the objectives that remember images.
+
+        Raises:
+            ValueError: in training mode, when a lambda is still to be chosen.
         """
         if self.training:
             self._begin_batch()
         measure = self.training and self.measure_every > 0 and self._batches % self.measure_every == 0
         result: dict[str, Tensor]
-        if measure and self.names:
+        if measure and self.weights:
             # Several backward passes share this graph, which a compiled one does not allow.
-            terms, logits = self._terms(input, target, indices)
-            ratios = self._gradient_ratios(terms)
+            terms, logits = self.terms(input, target, positions)
             result = {"loss": self._combine(terms), "output": logits.detach(), **_detached(terms)}
-            shares = ratios * self._coefficients()
-            result.update({f"grad_ratio/{name}": share for name, share in zip(self.names, shares, strict=True)})
+            result.update(self._gradient_shares(terms))
         else:
             compute = self._compute_compiled if self._compute_compiled and self.training else self._compute
-            loss, logits, terms = compute(input, target, indices)
+            loss, logits, terms = compute(input, target, positions)
             result = {"loss": loss, "output": logits, **terms}
-        if self.names:
-            result["loss_weight"] = self.loss_weight
-        for name in self.schedules:
-            result[f"loss_weight/{name}"] = self.own_weights[self.names.index(name)]
+        for k, (name, weight) in enumerate(self.weights.items()):
+            if weight.schedule is not None:
+                result[f"loss_weight/{name}"] = self.loss_weights[k]
         if self.training:
             self._batches += 1
             self.batches_seen.fill_(self._batches)
         return result
 
-    def _begin_batch(self) -> None:
-        epoch = self._batches / self.batches_per_epoch if self.batches_per_epoch else 0.0
-        if self.schedule is not None:
-            self.loss_weight.fill_(self.schedule(epoch))
-        for name, schedule in self.schedules.items():
-            self.own_weights[self.names.index(name)] = schedule(epoch)
-        for objective in self.objectives:
-            objective.begin_batch(epoch, self._batches)
-
-    def _compute(self, *batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        terms, logits = self._terms(*batch)
-        return self._combine(terms), logits.detach(), _detached(terms)
-
-    def _terms(self, images: Tensor, targets: Tensor, indices: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    def terms(
+        self, images: Tensor, targets: Tensor, positions: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The raw losses by name, `ce` first, and the logits of one forward pass."""
         if self.stages is None:
             logits, features = self.trainable_module(images), []
         else:
@@ -250,50 +231,93 @@ class DistillationTask(TrainingTask):
         logits = logits.float()
         classified = len(logits) // 2 if self.paired else len(logits)
         terms = {"ce": self.criterion(logits[:classified], targets[:classified])}
-        view = View(images, targets, logits, features, indices)
+        view = View(images, targets, logits, features, positions)
         for objective in self.objectives:
             terms.update(objective(view))
         return terms, logits
 
-    def _coefficients(self) -> Tensor:
-        return self.lambdas * torch.where(self.scheduled, self.loss_weight, self.own_weights)
+    def _begin_batch(self) -> None:
+        if self.undecided:
+            raise ValueError(
+                f"the weight of {', '.join(sorted(self.undecided))} is to be chosen by its gradient share, and was "
+                "not: call task.choose_lambdas(train_loader) once, before training"
+            )
+        epoch = self._batches / self.batches_per_epoch if self.batches_per_epoch else 0.0
+        for k, weight in enumerate(self.weights.values()):
+            if weight.schedule is not None:
+                self.loss_weights[k] = weight.schedule(epoch)
+        for objective in self.objectives:
+            objective.begin_batch(epoch, self._batches)
+
+    def _compute(self, *batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        terms, logits = self.terms(*batch)
+        return self._combine(terms), logits.detach(), _detached(terms)
 
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         loss = terms["ce"]
-        if self.names:
-            coefficients = self._coefficients()
-            if any(self.replacing):
-                loss = (1 - sum(coefficients[k] for k, replaces in enumerate(self.replacing) if replaces)) * loss
-            loss = loss + (coefficients * torch.stack([terms[name] for name in self.names])).sum()
+        taking = [(k, weight.takes_ce) for k, weight in enumerate(self.weights.values()) if weight.takes_ce]
+        if taking:
+            loss = (1 - sum(takes * self.loss_weights[k] for k, takes in taking)) * loss
+        if self.weights:
+            loss = loss + (self.lambdas * self.loss_weights * torch.stack([terms[name] for name in self.weights])).sum()
         return loss
 
     # --- gradient shares ----------------------------------------------------------------------------------------------
 
-    def _gradient_ratios(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """||grad L_k|| / ||grad CE|| of the raw losses; moves the lambdas that follow a target share."""
-        ce_norm = self._gradient_norm(terms["ce"])
-        ratios = torch.stack([self._gradient_norm(terms[name]) for name in self.names]) / ce_norm
-        for k, share in enumerate(self.shares):
-            if share:
-                wanted = share / ratios[k].clamp_min(1e-12)
-                # One batch's norms are noisy: after the first measurement go half the way.
-                self.lambdas[k] = wanted if self._batches == 0 else 0.5 * (self.lambdas[k] + wanted)
-        return ratios
+    def choose_lambdas(
+        self, batches: Iterable[Sequence[Any]], *, steps: int = SHARE_STEPS, accumulate: int = 1
+    ) -> dict[str, float]:
+        """Set every lambda that is to have a gradient share, by the norms over the first steps of a run; then it stays.
 
-    def _gradient_norm(self, loss: Tensor) -> Tensor:
-        """Norm of the gradient on the model's parameters, of the mean over all processes."""
-        parameters = [p for p in self.get_eval_model().parameters() if p.requires_grad]
-        if not loss.requires_grad:
-            return loss.new_zeros(())
-        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        found = [grad.detach().flatten().float() for grad in grads if grad is not None]
-        if not found:  # a loss of another network, such as a teacher's own
-            return loss.new_zeros(())
-        flat = torch.cat(found)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-        return flat.norm()
+        The weights, statistics and random numbers are left as they were. Call it where training runs: on the device,
+        under its autocast, on every process.
+
+        Args:
+            batches: (images, targets) or (images, targets, positions), as training sees them.
+            steps: how many steps to average over.
+            accumulate: batches that make a step; their gradients are added up, each by its share of the images.
+
+        Returns:
+            The chosen lambdas by name; empty when none was to be chosen.
+
+        Raises:
+            ValueError: there is no batch, or a loss without gradient.
+        """
+        if not self.undecided:
+            return {}
+        shares = {name: weight.share for name, weight in self.weights.items() if weight.share}
+        parameters = list(self.get_eval_model().parameters())
+        norms: list[dict[str, Tensor]] = []
+        mode = self.training
+        with untouched(self):
+            self.train()
+            for objective in self.objectives:
+                objective.begin_batch(0.0, 0)
+            source = iter(batches)
+            while len(norms) < steps and (group := list(islice(source, accumulate))):
+                images = sum(len(batch[0]) for batch in group)
+                step = GradientNorms(parameters)
+                for batch in group:
+                    terms, _ = self.terms(*batch)
+                    step.add({name: terms[name] for name in ("ce", *shares)}, len(batch[0]) / images)
+                norms.append(step.norms())
+        self.train(mode)
+        if not norms:
+            raise ValueError("there is no batch to choose a lambda by; pass the training loader")
+        chosen = lambdas_for_shares(norms, shares)
+        for k, name in enumerate(self.weights):
+            if name in chosen:
+                self.lambdas[k] = chosen[name]
+        self.undecided = set()
+        return chosen
+
+    def _gradient_shares(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """w_k lambda_k ||grad L_k|| / ||grad CE|| of this batch."""
+        measured = GradientNorms(list(self.get_eval_model().parameters()))
+        measured.add(terms)
+        norms = measured.norms()
+        ratios = self.lambdas * self.loss_weights * torch.stack([norms[name] for name in self.weights]) / norms["ce"]
+        return {f"grad_ratio/{name}": ratio for name, ratio in zip(self.weights, ratios, strict=True)}
 
     # --- timm's contract ----------------------------------------------------------------------------------------------
 
@@ -341,6 +365,13 @@ class DistillationTask(TrainingTask):
         missing = [key for key in missing if not key.startswith("trainable_module")]
         if strict and (missing or unexpected):
             raise RuntimeError(f"task state does not fit: missing {missing}, unexpected {unexpected}")
+
+
+def _mirror_state(task: DistillationTask, _: Any) -> None:
+    """After a state dict was loaded."""
+    task._batches = int(task.batches_seen)
+    known = task.lambdas.isfinite().tolist()
+    task.undecided = {name for name, decided in zip(task.weights, known, strict=True) if not decided}
 
 
 def _detached(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import drop_block_2d
 from torch import Tensor, nn
 
 from ..stages import Stages
 from .base import Objective, View
+from .method import Method, Setting
 
 
 @dataclass(frozen=True)
-class DropConfig:
+class DropConfig(Method):
     """Features dropped in training, as regularisation."""
+
+    label = "drop"
 
     drop_block: float = 0.0
     """DropBlock on the outputs of the first two stages: drop probability at the end of the run, from 0 linearly."""
@@ -35,6 +41,70 @@ class DropConfig:
             raise ValueError("nothing would be dropped: set drop_block or dropout above 0, or leave drop out")
         if self.block_size < 1:
             raise ValueError(f"block_size is {self.block_size}; give 1 or more")
+
+    def build(self, setting: Setting) -> StageDrop:
+        return StageDrop(self, setting.model, setting.stages, setting.epochs)
+
+    @classmethod
+    def describe(cls, settings: Mapping[str, Any]) -> str:
+        used = {"DropBlock": settings["drop_block"], "Dropout": settings["dropout"]}
+        return " and ".join(f"{name} ({probability:g})" for name, probability in used.items() if probability)
+
+
+# --- DropBlock --------------------------------------------------------------------------------------------------------
+
+
+def drop_block(features: Tensor, probability: float, block_size: int) -> Tensor:
+    """Zero square blocks of every channel's map, so that `probability` of it is dropped on average, and scale the rest.
+
+    Blocks start at random places from which they lie wholly inside the map, and no block is larger than the map. They
+    may overlap, so the rate of starting one is the gamma for which 1 - (1 - gamma)^k, the chance that a place with k
+    blocks over it is dropped, has the mean `probability` over all places. (The paper's closed form leaves overlaps out;
+    starting blocks outside that region, as some implementations do, drops several times as much of a small map.)
+
+    Args:
+        features: (N, C, H, W).
+        probability: of a place being dropped, in [0, 1).
+        block_size: side of a block.
+
+    Source: Ghiasi et al., "DropBlock: A regularization method for convolutional networks", NeurIPS 2018.
+    """
+    height, width = features.shape[2:]
+    block = min(block_size, height), min(block_size, width)
+    starts = height - block[0] + 1, width - block[1] + 1
+    gamma = _start_rate(probability, (height, width), block)
+    started = (torch.rand(*features.shape[:2], *starts, device=features.device) < gamma).to(features.dtype)
+    padded = F.pad(started, (block[1] - 1, block[1] - 1, block[0] - 1, block[0] - 1))
+    kept = 1 - F.max_pool2d(padded, block, stride=1)
+    return features * kept * (kept.numel() / kept.sum(dtype=torch.float32).clamp_min(1)).to(features.dtype)
+
+
+def _start_rate(probability: float, size: tuple[int, int], block: tuple[int, int]) -> float:
+    """The gamma of `drop_block`, by bisection: the mean rises with it."""
+    counts = _blocks_over(size, block)
+    places = sum(counts.values())
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        gamma = (low + high) / 2
+        dropped = sum(many * (1 - (1 - gamma) ** over) for over, many in counts.items()) / places
+        low, high = (gamma, high) if dropped < probability else (low, gamma)
+    return gamma
+
+
+@lru_cache
+def _blocks_over(size: tuple[int, int], block: tuple[int, int]) -> Counter[int]:
+    """How many places of the map lie under so many possible blocks."""
+    rows, columns = (
+        Counter(min(i, side - b) - max(0, i - b + 1) + 1 for i in range(side))
+        for side, b in zip(size, block, strict=True)
+    )
+    over: Counter[int] = Counter()
+    for (r, row_places), (c, column_places) in product(rows.items(), columns.items()):
+        over[r * c] += row_places * column_places
+    return over
+
+
+# --- where stages end -------------------------------------------------------------------------------------------------
 
 
 class StageDrop(Objective):
@@ -77,7 +147,7 @@ class StageDrop(Objective):
 
     @torch.compiler.disable  # the probability changes at every batch and would be compiled in
     def _drop_blocks(self, features: Tensor) -> Tensor:
-        return drop_block_2d(features, self.drop_prob, self.config.block_size) if self.drop_prob else features
+        return drop_block(features, self.drop_prob, self.config.block_size) if self.drop_prob else features
 
     def _drop(self, features: Tensor) -> Tensor:
         return F.dropout(features, self.config.dropout)

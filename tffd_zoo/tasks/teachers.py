@@ -7,7 +7,7 @@ is left in the exported student.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +18,45 @@ from torch import Tensor, nn
 from .._lean import l2
 from ..logit_losses import kl, standardise
 from ..schedules import LossWeight
-from ..stages import Stages
+from ..stages import Stages, find_stages, stage_activations
 from .base import Objective, StagedModel, View, Weight
+from .method import Method, Setting
 
 Paradigm = Literal["offline", "online", "branches"]
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
-    """A second network, and what the student learns from its features:
-    w(t) lambda_features mean over the stages of MSE(F_student, sg F_teacher)."""
+class KDConfig:
+    """Logit distillation: weight T^2 KL(teacher || student) at temperature T."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    temperature: float = 4.0
+    """Temperature T of both softmaxes."""
+    standardise: bool = False
+    """Standardise the logits of every image first (Sun et al., CVPR 2024)."""
+    takes_ce: float = 0.0
+    """How much of cross-entropy's weight of 1 it takes: 0.9 leaves (1 - 0.9) CE, as CRD's baselines have it."""
+    warmup: float = 0.0
+    """Part of the run over which the weight rises linearly from 0."""
+    whole_epochs: bool = False
+    """Let it rise in whole epochs counted from 1."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"the weight of logit distillation is {self.weight}; give one above 0, or leave kd out")
+        if not 0 <= self.takes_ce <= 1:
+            raise ValueError(f"cross-entropy cannot give up {self.takes_ce} of its weight of 1; give 0 to 1")
+        if not self.temperature > 0:
+            raise ValueError(f"the temperature is {self.temperature}; give one above 0, such as 4")
+
+
+@dataclass(frozen=True)
+class TeacherConfig(Method):
+    """A second network, and what the student learns from it: from its features
+    w(t) lambda_features mean over the stages of MSE(F_student, sg F_teacher), from its logits `kd`."""
+
+    label = "KD"
 
     paradigm: Paradigm = "offline"
     """'offline': trained before, frozen; 'online': trained alongside by its own cross-entropy; 'branches': trained so
@@ -42,11 +71,11 @@ class TeacherConfig:
     """Weight of the feature loss; 0 leaves it out. 1 is a gradient share near 100 % at first and 15 % once trained
     (ResNet-20 taught by another, CIFAR-100)."""
     share_features: float | None = None
-    """Target gradient share of the feature loss, such as 0.05; lambda_features then only starts it."""
-    measure_every: int = 0
-    """Measure gradient shares every so many batches, if Tf-FD does not already; 0 never."""
+    """Choose lambda_features by this gradient share instead, such as 0.05, over the first ten steps."""
     warmup: float = 20 / 240
-    """Share of the run over which the feature loss rises linearly to its full weight."""
+    """Part of the run over which the feature loss rises linearly to its full weight."""
+    kd: KDConfig | None = None
+    """Distillation of its logits."""
 
     def __post_init__(self) -> None:
         offline, branches = self.paradigm == "offline", self.paradigm == "branches"
@@ -70,31 +99,36 @@ class TeacherConfig:
         """Whether the stages of the two networks have to match."""
         return bool(self.lambda_features or self.share_features)
 
+    def build(self, setting: Setting) -> TeacherDistillation:
+        network, student = setting.second_network(self), setting.stages
+        teacher: nn.Module
+        if self.paradigm == "branches":
+            if setting.pre_activation:
+                raise ValueError(
+                    "branches read features after the activation and 'ab' compares those before it: choose one"
+                )
+            teacher = AuxiliaryBranches(network, student, setting.input_size)
+        else:
+            needed = self.teaches_features or self.paradigm == "online"
+            stages = find_stages(network, setting.chosen_stages) if needed else None
+            taps = stage_activations(network, stages, setting.input_size) if stages and setting.pre_activation else ()
+            if self.paradigm == "offline":
+                teacher = FrozenTeacher(network, stages, taps, image_stats=setting.image_stats)
+            else:
+                assert stages is not None
+                teacher = OnlineTeacher(network, stages, taps)
+        return TeacherDistillation(teacher, student, self, epochs=setting.epochs, criterion=setting.criterion)
 
-@dataclass(frozen=True)
-class KDConfig:
-    """Logit distillation: weight T^2 KL(teacher || student) at temperature T."""
+    @classmethod
+    def describe(cls, settings: Mapping[str, Any]) -> str:
+        network = f"`{settings['model']}`" if settings["model"] else "branches of its own"
+        features = settings["lambda_features"] or settings["share_features"]
+        taught = [*(["features"] if features else []), *(["logits"] if settings.get("kd") else [])]
+        return f"{' and '.join(taught)} of a second network ({network}, {settings['paradigm']})"
 
-    weight: float = 1.0
-    """Weight of the loss beside cross-entropy."""
-    temperature: float = 4.0
-    """Temperature T of both softmaxes."""
-    standardise: bool = False
-    """Standardise the logits of every image first (Sun et al., CVPR 2024)."""
-    replaces_ce: bool = False
-    """Take the weight from cross-entropy: (1 - weight) CE + weight KL, as CRD's baselines do with 0.9."""
-    warmup: float = 0.0
-    """Share of the run over which the weight rises linearly from 0."""
-    whole_epochs: bool = False
-    """Let it rise in whole epochs counted from 1."""
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"the weight of logit distillation is {self.weight}; give one above 0, or leave kd out")
-        if self.replaces_ce and self.weight > 1:
-            raise ValueError(f"cross-entropy cannot give up {self.weight} of its weight; give 1 or less")
-        if not self.temperature > 0:
-            raise ValueError(f"the temperature is {self.temperature}; give one above 0, such as 4")
+    @classmethod
+    def tag(cls, settings: Mapping[str, Any]) -> str:
+        return "kd" if settings.get("kd") else str(settings["paradigm"])
 
 
 # --- the three kinds of teacher ---------------------------------------------------------------------------------------
@@ -256,8 +290,7 @@ class TeacherDistillation(Objective):
     Args:
         teacher: `FrozenTeacher`, `OnlineTeacher` or `AuxiliaryBranches`.
         stages: the student's stages.
-        config: weight and warm-up of the feature loss.
-        kd: logit distillation; None for none.
+        config: how features and logits are weighted.
         epochs: length of the run, which scales the warm-ups.
         criterion: the classification loss of a teacher that learns.
 
@@ -272,31 +305,28 @@ class TeacherDistillation(Objective):
         teacher: nn.Module,
         stages: Stages,
         config: TeacherConfig,
-        kd: KDConfig | None = None,
         *,
         epochs: float,
         criterion: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.teacher = teacher
-        self.kd = kd
+        self.kd = kd = config.kd
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.weights = {}
         if config.teaches_features:
             check_stages_match(stages, self.teacher.stages)
             warmup = LossWeight(epochs, warmup_epochs=config.warmup * epochs)
-            self.weights["features"] = Weight(config.lambda_features, config.share_features, schedule=warmup)
+            self.weights["features"] = Weight(config.lambda_features, config.share_features, warmup)
         if kd is not None:
             warmup = LossWeight(epochs, warmup_epochs=kd.warmup * epochs, whole_epochs=kd.whole_epochs)
-            self.weights["kd"] = Weight(
-                kd.weight, scheduled=False, schedule=warmup if kd.warmup else None, replaces_ce=kd.replaces_ce
-            )
+            self.weights["kd"] = Weight(kd.weight, schedule=warmup if kd.warmup else None, takes_ce=kd.takes_ce)
         if not self.weights:
             raise ValueError(
                 "the teacher would teach nothing: give lambda_features above 0, or add logit distillation (kd)"
             )
         if self.teacher.learns:
-            self.weights["teacher_ce"] = Weight(scheduled=False)
+            self.weights["teacher_ce"] = Weight()
 
     def forward(self, view: View) -> dict[str, Tensor]:
         logits, features = self.teacher(view)

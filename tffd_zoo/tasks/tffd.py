@@ -6,7 +6,7 @@ doi 10.1007/978-3-031-19809-0_20.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,24 +21,26 @@ from ..salience import SalienceMetric, stage_salience
 from ..schedules import LossWeight
 from ..stages import Stages, find_stages, stage_activations, stage_norms
 from .base import DistillationTask, Objective, View, Weight
+from .method import Method, Setting
 
 SALIENCE_METRICS = ("lp", "spread", "entropy", "bn_scale", "hrank")
 
 
 @dataclass(frozen=True)
-class TfFDConfig:
+class TfFDConfig(Method):
     """Settings of Tf-FD: L = CE + w(t) (lambda_intra L_intra + lambda_inter L_inter)."""
+
+    label = "Tf-FD"
 
     lambda_intra: float = 0.04
     """Weight of the intra-layer loss; 0 leaves it out."""
     lambda_inter: float = 0.05
     """Weight of the inter-layer loss; 0 leaves it out."""
     share_intra: float | None = None
-    """Target gradient share of the intra-layer loss, such as 0.05; lambda_intra then only starts it."""
+    """Choose lambda_intra by this gradient share instead, such as 0.05: lambda ||grad L|| / ||grad CE|| over the first
+    ten steps, measured before training; then it stays."""
     share_inter: float | None = None
-    """Target gradient share of the inter-layer loss, such as 0.05; lambda_inter then only starts it."""
-    measure_every: int = 0
-    """Measure gradient shares every so many batches; 0 never. A measured batch costs about three plain ones."""
+    """The same for lambda_inter."""
 
     salience: SalienceMetric = "lp"
     """What makes a channel salient."""
@@ -49,8 +51,8 @@ class TfFDConfig:
     detach_salient: bool = True
     """Stop the gradient on the salient half; without it both halves move towards each other."""
     salience_momentum: float = 0.0
-    """Exponential moving average of the salience, such as 0.99; 0 ranks by the batch alone."""
-    repair_every: int = 1
+    """Exponential moving average of the salience over the batches, such as 0.99; 0 ranks by the batch alone."""
+    rank_every: int = 1
     """Rank and pair the channels anew every so many batches."""
     salience_images: int | None = None
     """Rank by the first so many images of a batch only (8 makes 'hrank' affordable)."""
@@ -68,7 +70,8 @@ class TfFDConfig:
     deep_channels: DeepChannels = "first"
     """Which channels of the deep stage teach."""
     stages: tuple[int, ...] | None = None
-    """Stages by position, 0 the shallowest; all when not given."""
+    """Stages by position in the model's `feature_info`, where 0 may be the stem (ResNets: 1 to 4); all stages when not
+    given."""
 
     warmup: float = 20 / 240
     """Share of the run over which w rises linearly from 0 to 1."""
@@ -87,8 +90,8 @@ class TfFDConfig:
                 raise ValueError(f"{name} is {share}; a gradient share is a fraction such as 0.05, or None")
         if not 0 <= self.salience_momentum < 1:
             raise ValueError(f"salience_momentum is {self.salience_momentum}; give a number in [0, 1)")
-        if self.repair_every < 1:
-            raise ValueError(f"repair_every is {self.repair_every}; give 1 or more batches")
+        if self.rank_every < 1:
+            raise ValueError(f"rank_every is {self.rank_every}; give 1 or more batches")
         if self.salience not in SALIENCE_METRICS:
             raise ValueError(f"unknown salience '{self.salience}'; choose one of {', '.join(SALIENCE_METRICS)}")
         for loss in (self.intra_loss, self.inter_loss):
@@ -97,8 +100,32 @@ class TfFDConfig:
 
     @property
     def pre_activation(self) -> bool:
-        """Whether a loss compares features before the activation."""
         return "ab" in (self.intra_loss, self.inter_loss)
+
+    def build(self, setting: Setting) -> TfFD:
+        return tffd_objective(self, setting.model, setting.stages, setting.input_size, setting.epochs)
+
+    @classmethod
+    def describe(cls, settings: Mapping[str, Any]) -> str:
+        strengths = ", ".join(_strength(settings, term) for term in ("intra", "inter"))
+        return (
+            "teacher-free feature distillation (Tf-FD: salient channels teach redundant ones and deep stages shallow "
+            f"ones; {strengths})"
+        )
+
+    @classmethod
+    def tag(cls, settings: Mapping[str, Any]) -> str:
+        return ""
+
+
+def _strength(settings: Mapping[str, Any], term: str) -> str:
+    """How strongly a term was weighted: by a gradient share if it was chosen by one."""
+    share = settings.get(f"share_{term}")
+    if not share:
+        return f"lambda_{term} {settings[f'lambda_{term}']:g}"
+    # Recipes that say how often shares were measured are from when lambda followed them through the run.
+    how = "held at" if "measure_every" in settings else "chosen by"
+    return f"lambda_{term} {how} a gradient share of {100 * share:.3g} %"
 
 
 CANONICAL = TfFDConfig()
@@ -116,20 +143,28 @@ class TfFD(Objective):
     Args:
         config: the settings.
         stages: the stages whose features the losses will see.
+        schedule: w as a function of the epoch; constant 1 when None.
         norms: for `salience="bn_scale"` the BatchNorm of every stage (`stage_norms`).
     """
 
-    ranked: Tensor
+    averaged: Tensor
 
-    def __init__(self, config: TfFDConfig, stages: Stages, norms: Sequence[nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        config: TfFDConfig,
+        stages: Stages,
+        schedule: LossWeight | None = None,
+        norms: Sequence[nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.stages = len(stages)
         self.norms = norms if norms is None else tuple(norms)  # a tuple: these belong to the model, not to us
         self.weights = {}
         if config.lambda_intra or config.share_intra:
-            self.weights["intra"] = Weight(config.lambda_intra, config.share_intra)
+            self.weights["intra"] = Weight(config.lambda_intra, config.share_intra, schedule)
         if config.lambda_inter or config.share_inter:
-            self.weights["inter"] = Weight(config.lambda_inter, config.share_inter)
+            self.weights["inter"] = Weight(config.lambda_inter, config.share_inter, schedule)
         if not self.weights:
             raise ValueError("both lambda_intra and lambda_inter are 0: nothing would be distilled; train plainly")
         self.pairs = stage_pairs(len(stages.indices), config.pairs)
@@ -139,16 +174,20 @@ class TfFD(Objective):
                 "lambda_inter to 0"
             )
         self._ranks = "intra" in self.weights or config.deep_channels == "salient"
-        # Rankings outlive their batch only when they are averaged or kept.
-        self._remembers = self._ranks and (config.repair_every > 1 or config.salience_momentum > 0)
+        # Saliences outlive their batch only when they are averaged or kept.
+        self._averages = self._ranks and config.salience_momentum > 0
+        self._keeps = self._ranks and config.rank_every > 1
         self._rank_now = True
-        if self._remembers:
-            self.register_buffer("ranked", torch.zeros((), dtype=torch.bool))
-            for stage, channels in enumerate(stages.channels):
-                self.register_buffer(f"salience_{stage}", torch.zeros(channels))
+        if self._averages:
+            self.register_buffer("averaged", torch.zeros((), dtype=torch.bool))
+        for stage, channels in enumerate(stages.channels):
+            if self._averages:
+                self.register_buffer(f"average_{stage}", torch.zeros(channels))
+            if self._keeps:
+                self.register_buffer(f"kept_{stage}", torch.zeros(channels))
 
     def begin_batch(self, epoch: float, batch: int) -> None:
-        self._rank_now = batch % self.config.repair_every == 0
+        self._rank_now = batch % self.config.rank_every == 0
 
     def forward(self, view: View) -> dict[str, Tensor]:
         config, features = self.config, view.features
@@ -179,19 +218,36 @@ class TfFD(Objective):
 
     @torch.no_grad()
     def _saliences(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What the channels of every stage are ranked by in this batch."""
         config = self.config
-        remembered = [getattr(self, f"salience_{stage}") for stage in range(len(features))] if self._remembers else []
-        if self._rank_now or not self._remembers:
-            current = stage_salience(
-                features, config.salience, p=config.p, norms=self.norms, images=config.salience_images
-            )
-            if not self._remembers:
-                return current
-            momentum = torch.where(self.ranked, config.salience_momentum, 0.0)  # the first ranking counts in full
-            for average, salience in zip(remembered, current, strict=True):
+        if self._keeps and not self._rank_now and not self._averages:
+            return self._memory("kept")
+        saliences = stage_salience(
+            features, config.salience, p=config.p, norms=self.norms, images=config.salience_images
+        )
+        if self._averages:
+            momentum = torch.where(self.averaged, config.salience_momentum, 0.0)  # the first batch counts in full
+            for average, salience in zip(self._memory("average"), saliences, strict=True):
                 average.lerp_(salience, 1 - momentum)
-            self.ranked.fill_(True)
-        return remembered
+            self.averaged.fill_(True)
+            saliences = self._memory("average")
+        if not self._keeps:
+            return saliences
+        if self._rank_now:
+            for kept, salience in zip(self._memory("kept"), saliences, strict=True):
+                kept.copy_(salience)
+        return self._memory("kept")
+
+    def _memory(self, name: str) -> list[Tensor]:
+        return [getattr(self, f"{name}_{stage}") for stage in range(self.stages)]
+
+
+def tffd_objective(
+    config: TfFDConfig, model: nn.Module, stages: Stages, input_size: tuple[int, int, int], epochs: float | None
+) -> TfFD:
+    """The losses of `config` for `model`, with their schedule over a run of `epochs`."""
+    norms = stage_norms(model, stages, input_size) if config.salience == "bn_scale" else None
+    return TfFD(config, stages, loss_weight_schedule(config, epochs), norms)
 
 
 class TfFDTask(DistillationTask):
@@ -228,18 +284,15 @@ class TfFDTask(DistillationTask):
         stages = find_stages(model, config.stages)
         pretrained_cfg: Any = model.pretrained_cfg
         size = input_size or pretrained_cfg["input_size"]
-        norms = stage_norms(model, stages, size) if config.salience == "bn_scale" else None
         super().__init__(
             model,
-            [TfFD(config, stages, norms), *objectives],
+            [tffd_objective(config, model, stages, size, epochs), *objectives],
             stages=stages,
-            schedule=loss_weight_schedule(config, epochs),
             batches_per_epoch=batches_per_epoch,
-            measure_every=config.measure_every,
             taps=stage_activations(model, stages, size) if config.pre_activation else (),
             **kwargs,
         )
-        self.config = config
+        self.settings = config
 
 
 def loss_weight_schedule(config: TfFDConfig, epochs: float | None) -> LossWeight | None:
