@@ -82,7 +82,7 @@ REFERENCE_RUN = vary(
 SHORT = {
     "epochs": 15, "batch_size": 128, "lr": 0.2, "opt": "sgd", "sched": "cosine", "warmup_epochs": 2.0,
 }  # fmt: skip
-SHARES = TfFDConfig(share_intra=0.05, share_inter=0.05, measure_every=100)
+SHARES = TfFDConfig(share_intra=0.05, share_inter=0.05)
 SHARE = vary(TFFD, "share", tffd=SHARES)
 SHORT_TFFD = vary(TFFD, "short-tffd", optim=SHORT, run={"compile": True})
 SHORT_SHARE = vary(SHORT_TFFD, "short-share", tffd=SHARES)
@@ -95,7 +95,7 @@ RESNET18_PLAIN = vary(RESNET18, "resnet18-plain", tag="ce_c100", tffd=None)
 # --- the experiments --------------------------------------------------------------------------------------------------
 
 # No source gives the weight of a teacher's features: the gradient share that Tf-FD's losses get makes rows comparable.
-FEATURES: dict[str, Any] = {"share_features": 0.05, "measure_every": 100}
+FEATURES: dict[str, Any] = {"share_features": 0.05}
 # Teachers of CRD's table by student.
 CRD_PAIRS = {
     "resnet20": "resnet110", "resnet32": "resnet110", "wrn16_2": "wrn40_2", "resnet8x4": "resnet32x4", "vgg8": "vgg13",
@@ -118,8 +118,8 @@ def experiments(plain: Recipe, share: Recipe, reference: Recipe, prefix: str = "
     # Tf-FD: salience, feature losses, ablations, further settings.
     for salience in ("spread", "entropy", "bn_scale"):
         yield variant(share, f"salience-{salience}", tffd={"salience": salience})
-    yield variant(share, "salience-hrank", tffd={"salience": "hrank", "salience_images": 8, "repair_every": 50})
-    yield variant(share, "salience-ema", tffd={"salience_momentum": 0.99, "repair_every": 50})
+    yield variant(share, "salience-hrank", tffd={"salience": "hrank", "salience_images": 8, "rank_every": 50})
+    yield variant(share, "salience-ema", tffd={"salience_momentum": 0.99, "rank_every": 50})
     for loss in ("ab", "at", "sp", "ickd"):
         yield variant(share, f"loss-{loss}", tffd={"intra_loss": loss, "inter_loss": loss})
     for loss in ("at", "sp"):
@@ -163,17 +163,18 @@ def experiments(plain: Recipe, share: Recipe, reference: Recipe, prefix: str = "
 
     # Logits of CRD's teachers.
     for student, name in CRD_PAIRS.items():
-        changes: dict[str, Any] = {
-            "model": f"tffd_{student}",
-            "teacher": TeacherConfig(**frozen[name], lambda_features=0.0),
-        }
-        yield variant(plain, f"kd-{student}", **changes, kd=KDConfig())
-        yield variant(plain, f"kd-std-{student}", **changes, kd=KDConfig(standardise=True))
-        yield variant(plain, f"kd-crd-{student}", **changes, kd=KDConfig(weight=0.9, replaces_ce=True))
-        yield variant(share, f"tffd-kd-{student}", **changes, kd=KDConfig(), tag="kd_c100")
+
+        def taught(base: Recipe, what: str, kd: KDConfig, student: str = student, name: str = name) -> Recipe:
+            teacher = TeacherConfig(**frozen[name], lambda_features=0.0, kd=kd)
+            return variant(base, f"{what}-{student}", model=f"tffd_{student}", teacher=teacher)
+
+        yield taught(plain, "kd", KDConfig())
+        # As published: 0.1 CE + 9 KL at temperature 2.
+        yield taught(plain, "kd-std", KDConfig(weight=9.0, temperature=2.0, standardise=True, takes_ce=0.9))
+        yield taught(plain, "kd-crd", KDConfig(weight=0.9, takes_ce=0.9))
+        yield taught(share, "tffd-kd", KDConfig())
         if student == "resnet20":
-            warmed = KDConfig(warmup=REFERENCE.warmup, whole_epochs=True)
-            yield variant(reference, f"reference-kd-{student}", **changes, kd=warmed)
+            yield taught(reference, "reference-kd", KDConfig(warmup=REFERENCE.warmup, whole_epochs=True))
 
 
 QUICKSTART = vary(

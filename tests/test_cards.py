@@ -145,9 +145,9 @@ def test_the_card_says_what_it_is_in_the_records_figures() -> None:
     assert "Top-1 69.12 %: 6,912 of 10,000 images." in summary
 
 
-def test_a_target_gradient_share_is_what_the_card_gives_as_the_strength() -> None:
+def test_a_gradient_share_is_what_the_card_gives_as_the_strength() -> None:
     card = render_card(card_info(vary(TFFD, "share", tffd={"share_intra": 0.05})))
-    assert "intra-layer gradient share 0.05, lambda_inter 0.05" in card
+    assert "lambda_intra chosen by a gradient share of 5 %, lambda_inter 0.05" in card
 
 
 def test_our_own_architecture_needs_our_import_and_timms_own_does_not() -> None:
@@ -209,8 +209,8 @@ def test_a_run_that_was_cut_short_is_said_to_be() -> None:
     [
         (PLAIN, "trained on CIFAR-100 with cross-entropy alone."),
         (
-            vary(TFFD, "kd", teacher=TeacherConfig(model="tffd_resnet110.ce_c100", lambda_features=0), kd=KDConfig()),
-            "with logits of a second network (`tffd_resnet110.ce_c100`, offline) and teacher-free feature distillation",
+            vary(TFFD, "kd", teacher=TeacherConfig(model="tffd_resnet110.ce_c100", lambda_features=0, kd=KDConfig())),
+            "lambda_inter 0.05) and logits of a second network (`tffd_resnet110.ce_c100`, offline).",
         ),
         (vary(PLAIN, "branches", teacher=TeacherConfig(paradigm="branches")), "a second network (branches of its own"),
     ],

@@ -8,12 +8,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import drop_block_2d
 from torch import Tensor
 
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, vary
 from tffd_zoo.stages import find_stages
 from tffd_zoo.tasks import CANONICAL, DistillationTask, DropConfig, StageDrop, TfFDTask
+from tffd_zoo.tasks.regularisers import drop_block
 from tffd_zoo.training import build
 
 SIZE = 8
@@ -39,6 +39,34 @@ def a_task(config: DropConfig, tffd: bool = False) -> DistillationTask:
     return DistillationTask(model, [drop], stages=stages, batches_per_epoch=2)
 
 
+@pytest.mark.parametrize("size", [4, 5, 7, 8, 14, 16, 28, 32, 56])
+@pytest.mark.parametrize("probability", [0.1, 0.5])
+def test_what_is_dropped_is_what_was_asked_for(size: int, probability: float) -> None:
+    torch.manual_seed(size)
+    maps = torch.ones(max(1, 60_000 // size**2), 8, size, size)
+    dropped = drop_block(maps, probability, 7)
+    assert (dropped == 0).float().mean().item() == pytest.approx(probability, abs=0.01)
+    assert dropped.mean().item() == pytest.approx(1, rel=1e-5), "what is left makes up for it"
+
+
+def test_blocks_are_squares_that_lie_inside_the_map() -> None:
+    torch.manual_seed(0)
+    dropped = drop_block(torch.ones(400, 1, 6, 9), 0.02, 4) == 0
+    alone = [mask[0] for mask in dropped if mask.sum() == 16]  # one block
+    assert len(alone) > 20
+    for mask in alone:
+        rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
+        assert (rows, columns) == (list(range(rows[0], rows[0] + 4)), list(range(columns[0], columns[0] + 4)))
+    assert torch.stack(alone).any(0).all(), "every place can be hit"
+
+
+def test_a_block_as_large_as_the_map_takes_all_of_it_or_nothing() -> None:
+    torch.manual_seed(0)
+    dropped = (drop_block(torch.ones(2000, 1, 3, 5), 0.3, 7) == 0).flatten(1)
+    assert (dropped.all(1) | ~dropped.any(1)).all()
+    assert dropped.any(1).float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
 def test_blocks_are_dropped_from_the_first_two_stages_and_values_from_the_last() -> None:
     task, (images, targets) = a_task(DropConfig(drop_block=0.4, block_size=3, dropout=0.5)), a_batch()
     for _ in range(3):
@@ -49,8 +77,8 @@ def test_blocks_are_dropped_from_the_first_two_stages_and_values_from_the_last()
     for _ in range(2):  # BatchNorm moves on, but training mode does not read it
         model(images)
     torch.manual_seed(2)
-    x = drop_block_2d(model.stages[0](model.stem(images)), 0.4 * 1 / 4, 3)
-    x = drop_block_2d(model.stages[1](x), 0.4 * 1 / 4, 3)
+    x = drop_block(model.stages[0](model.stem(images)), 0.4 * 1 / 4, 3)
+    x = drop_block(model.stages[1](x), 0.4 * 1 / 4, 3)
     logits = model.forward_head(F.dropout(model.stages[2](x), 0.5))
     torch.testing.assert_close(result["output"], logits)
     assert result["loss"].item() == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-6)

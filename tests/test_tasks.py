@@ -14,8 +14,13 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from tffd_zoo import _lean
+from tffd_zoo.losses import pair_channels
+from tffd_zoo.salience import stage_salience
+from tffd_zoo.schedules import LossWeight
 from tffd_zoo.stages import find_stages
 from tffd_zoo.tasks import CANONICAL, REFERENCE, DistillationTask, Objective, TfFDTask, View, Weight
+from tffd_zoo.tasks.gradients import GradientNorms
 
 
 def tiny(name: str = "tffd_resnet20", **kwargs: Any) -> nn.Module:
@@ -72,7 +77,7 @@ def test_the_reference_setting_equals_an_independent_oracle_to_1e_6() -> None:
     weight = (12 + 1) / 20  # batch 1234 of 100 an epoch: the 13th epoch of 20
     assert result["intra"].item() == pytest.approx(intra, rel=1e-6)
     assert result["inter"].item() == pytest.approx(inter, rel=1e-6)
-    assert result["loss_weight"].item() == pytest.approx(weight, rel=1e-6)
+    assert result["loss_weight/intra"].item() == pytest.approx(weight, rel=1e-6)
     assert result["loss"].item() == pytest.approx(ce.item() + weight * (8e-4 * intra + 5e-4 * inter), rel=1e-6)
 
 
@@ -99,18 +104,19 @@ def test_one_forward_pass_gives_the_gradients_of_the_sum() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def norm_of(name: str, images: Tensor, targets: Tensor) -> float:
+    """Norm of one loss's gradient on a fresh network."""
+    model = tiny()
+    TfFDTask(model, UNSCHEDULED).terms(images, targets)[0][name].backward()
+    return float(sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None) ** 0.5)
+
+
 def test_gradient_shares_are_norms_on_the_models_parameters() -> None:
     images, targets = a_batch()
-    result = TfFDTask(tiny(), replace(UNSCHEDULED, measure_every=1))(images, targets)
-
-    def norm(name: str) -> float:
-        model = tiny()
-        terms = TfFDTask(model, UNSCHEDULED)._terms(images, targets, None)[0]
-        terms[name].backward()
-        return float(sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None) ** 0.5)
-
-    assert result["grad_ratio/intra"].item() == pytest.approx(0.04 * norm("intra") / norm("ce"), rel=1e-4)
-    assert result["grad_ratio/inter"].item() == pytest.approx(0.05 * norm("inter") / norm("ce"), rel=1e-4)
+    result = TfFDTask(tiny(), UNSCHEDULED, measure_every=1)(images, targets)
+    norm = {name: norm_of(name, images, targets) for name in ("ce", "intra", "inter")}
+    assert result["grad_ratio/intra"].item() == pytest.approx(0.04 * norm["intra"] / norm["ce"], rel=1e-4)
+    assert result["grad_ratio/inter"].item() == pytest.approx(0.05 * norm["inter"] / norm["ce"], rel=1e-4)
 
 
 def test_measuring_changes_neither_loss_nor_gradients_nor_statistics() -> None:
@@ -118,28 +124,112 @@ def test_measuring_changes_neither_loss_nor_gradients_nor_statistics() -> None:
     results = []
     for every in (0, 1):
         model = tiny()
-        loss = TfFDTask(model, replace(UNSCHEDULED, measure_every=every))(images, targets)["loss"]
+        loss = TfFDTask(model, UNSCHEDULED, measure_every=every)(images, targets)["loss"]
         loss.backward()
         results.append((loss, *[p.grad for p in model.parameters()], *model.buffers()))
     for plain, measured in zip(*results, strict=True):
         assert torch.equal(plain, measured)
 
 
-def test_a_target_share_sets_lambda_so_that_the_share_is_met() -> None:
-    images, targets = a_batch()
-    config = replace(UNSCHEDULED, share_intra=0.05, share_inter=0.2, measure_every=5)
-    task = TfFDTask(tiny(), config)
-    first = task(images, targets)
-    assert first["grad_ratio/intra"].item() == pytest.approx(0.05, rel=1e-5)
-    assert first["grad_ratio/inter"].item() == pytest.approx(0.2, rel=1e-5)
-    lambdas = task.lambdas.clone()
-    assert "grad_ratio/intra" not in task(images, targets), "measured every fifth batch only"
-    assert torch.equal(task.lambdas, lambdas)
+# --- lambdas chosen by a gradient share -------------------------------------------------------------------------------
 
 
-def test_a_share_that_is_never_measured_is_refused() -> None:
-    with pytest.raises(ValueError, match="set measure_every"):
-        TfFDTask(tiny(), replace(UNSCHEDULED, share_intra=0.05))
+def a_task_by_share(**changes: Any) -> DistillationTask:
+    return TfFDTask(tiny(), replace(UNSCHEDULED, share_intra=0.05, share_inter=0.2, **changes))
+
+
+def test_a_share_chooses_the_lambda_that_gives_it_by_the_mean_norms_of_the_first_steps() -> None:
+    batches = [a_batch(4), a_batch(6), a_batch(8)]
+    chosen = a_task_by_share().choose_lambdas(batches, steps=2)
+    mean = {name: sum(norm_of(name, *batch) for batch in batches[:2]) / 2 for name in ("ce", "intra", "inter")}
+    assert chosen["intra"] == pytest.approx(0.05 * mean["ce"] / mean["intra"], rel=1e-4)
+    assert chosen["inter"] == pytest.approx(0.2 * mean["ce"] / mean["inter"], rel=1e-4)
+
+
+def test_ten_steps_are_measured_and_no_more() -> None:
+    read = []
+
+    def batches() -> Any:
+        for size in range(2, 20):
+            read.append(size)
+            yield a_batch(size)
+
+    a_task_by_share().choose_lambdas(batches())
+    assert len(read) == 10
+
+
+def test_a_chosen_lambda_stays() -> None:
+    task = a_task_by_share()
+    chosen = task.choose_lambdas([a_batch()])
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.5)
+    for _ in range(3):
+        result = task(*a_batch())
+        optimizer.zero_grad()
+        result["loss"].backward()
+        optimizer.step()
+    assert task.lambdas.tolist() == pytest.approx([chosen["intra"], chosen["inter"]])
+    assert task.choose_lambdas([a_batch(3)]) == {}, "there is nothing left to choose"
+
+
+def test_choosing_leaves_nothing_behind_but_lambdas() -> None:
+    task = a_task_by_share(salience_momentum=0.9, rank_every=2)
+    before = {name: tensor.clone() for name, tensor in task.state_dict().items() if name != "lambdas"}
+    torch.manual_seed(7)
+    task.choose_lambdas([a_batch(), a_batch(4)])
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(1), drawn)
+    assert all(torch.equal(task.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(parameter.grad is None for parameter in task.parameters())
+
+
+def test_micro_batches_give_the_lambda_of_the_undivided_batch() -> None:
+    def chosen(accumulate: int) -> dict[str, float]:
+        model = tiny("convnext_atto")  # no batch statistics, which each micro-batch would have of its own
+        task = TfFDTask(model, replace(UNSCHEDULED, share_inter=0.05, lambda_intra=0.0))
+        images, targets = a_batch(8, 32)
+        parts = zip(images.chunk(accumulate), targets.chunk(accumulate), strict=True)
+        return task.choose_lambdas(parts, accumulate=accumulate)
+
+    assert chosen(4) == pytest.approx(chosen(1), rel=1e-4)
+
+
+def test_training_before_the_choice_is_refused() -> None:
+    task = a_task_by_share()
+    with pytest.raises(
+        ValueError, match=r"the weight of inter, intra .* call task\.choose_lambdas\(train_loader\) once"
+    ):
+        task(*a_batch())
+    task.eval()
+    assert task(*a_batch())["output"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio": 1.0}, "gradient of loss 'intra' .* has norm 0 over the first 1 steps.* give its lambda"),
+        ({}, "gradient of cross-entropy .* has norm 0"),
+    ],
+    ids=["no redundant channel", "labels that teach nothing"],
+)
+def test_a_loss_without_gradient_gets_no_lambda(changes: dict[str, Any], message: str) -> None:
+    task = a_task_by_share(**changes)
+    if not changes:
+        task.criterion.forward = lambda logits, targets: 0 * logits.sum()
+    with pytest.raises(ValueError, match=message):
+        task.choose_lambdas([a_batch()])
+
+
+def test_small_gradients_in_half_precision_are_measured_scaled() -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    images = torch.tensor([[1.0, 2.0, 0.0, 2.0]])
+    norms = GradientNorms(list(layer.parameters()))
+    with torch.autocast("cpu", torch.float16):
+        norms.add({"tiny": 1e-9 * layer(images).float().sum(), "huge": 1e3 * layer(images).float().sum()})
+    # 1e-9 is nothing in float16, whose smallest number is 6e-8; each of the three rows gets the image, of norm 3
+    measured = {name: norm.item() for name, norm in norms.norms().items()}
+    assert measured["tiny"] == pytest.approx(1e-9 * 3 * 3**0.5, rel=1e-2)
+    assert measured["huge"] == pytest.approx(1e3 * 3 * 3**0.5, rel=1e-2)
 
 
 # --- the schedule and state -------------------------------------------------------------------------------------------
@@ -148,11 +238,11 @@ def test_a_share_that_is_never_measured_is_refused() -> None:
 def test_the_loss_weight_follows_training_batches_alone() -> None:
     images, targets = a_batch(4)
     task = TfFDTask(tiny(), CANONICAL, epochs=24, batches_per_epoch=2)  # warm-up over 2 epochs, 4 batches
-    weights = [task(images, targets)["loss_weight"].item() for _ in range(3)]
+    weights = [task(images, targets)["loss_weight/inter"].item() for _ in range(3)]
     task.eval()
-    assert task(images, targets)["loss_weight"].item() == weights[-1]
+    assert task(images, targets)["loss_weight/inter"].item() == weights[-1]
     task.train()
-    weights += [task(images, targets)["loss_weight"].item() for _ in range(3)]
+    weights += [task(images, targets)["loss_weight/inter"].item() for _ in range(3)]
     assert weights == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
 
 
@@ -166,11 +256,12 @@ def test_a_schedule_without_the_length_of_the_run_is_refused() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"salience_momentum": 0.9, "repair_every": 2},
-        {"share_intra": 0.05, "measure_every": 2},
+        {"salience_momentum": 0.9, "rank_every": 2},
+        {"rank_every": 3},
+        {"share_intra": 0.05},
         {"warmup": 0.5},
     ],
-    ids=["averaged salience", "target share", "warm-up"],
+    ids=["averaged salience", "kept salience", "chosen lambda", "warm-up"],
 )
 def test_a_state_dict_resumes_the_task_to_the_bit(changes: dict[str, Any]) -> None:
     batches = [a_batch(4), a_batch(6), a_batch(8), a_batch(10)]
@@ -179,6 +270,7 @@ def test_a_state_dict_resumes_the_task_to_the_bit(changes: dict[str, Any]) -> No
         return TfFDTask(tiny(), replace(UNSCHEDULED, **changes), epochs=2, batches_per_epoch=2)
 
     whole = task()
+    whole.choose_lambdas(batches)
     for batch in batches[:2]:
         whole(*batch)
     state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
@@ -189,35 +281,42 @@ def test_a_state_dict_resumes_the_task_to_the_bit(changes: dict[str, Any]) -> No
         assert torch.equal(resumed(*batch)["loss"], loss)
 
 
-def test_averaged_salience_starts_in_full_and_moves_by_its_momentum() -> None:
-    config = replace(UNSCHEDULED, salience_momentum=0.75, lambda_inter=0.0)
-    task = TfFDTask(tiny(), config)
-    seen: list[Tensor] = []
-    objective = task.objectives[0]
-    original = objective._saliences
+def ranked_by(task: DistillationTask, monkeypatch: pytest.MonkeyPatch, batches: list[Any]) -> list[Tensor]:
+    """What the first stage's channels were ranked by in each batch."""
+    from tffd_zoo.tasks import tffd
 
-    from tffd_zoo.salience import stage_salience
-
-    def spy(features: list[Tensor]) -> list[Tensor]:
-        seen.append(stage_salience(features)[0].clone())
-        return original(features)
-
-    objective._saliences = spy
-    task(*a_batch(4))
-    assert torch.equal(objective.salience_0, seen[0])
-    task(*a_batch(6))
-    torch.testing.assert_close(objective.salience_0, 0.75 * seen[0] + 0.25 * seen[1])
+    seen: list[list[Tensor]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(tffd, "pair_channels", lambda s, ratio: seen.append(s.clone()) or pair_channels(s, ratio))
+        for batch in batches:
+            task(*batch)
+    return seen[:: len(task.stages)]
 
 
-def test_channels_are_paired_anew_only_every_so_many_batches() -> None:
-    task = TfFDTask(tiny(), replace(UNSCHEDULED, repair_every=3))
-    saliences = []
-    for size in (4, 6, 8, 10):
-        task(*a_batch(size))
-        saliences.append(task.objectives[0].salience_1.clone())
-    assert torch.equal(saliences[0], saliences[1])
-    assert torch.equal(saliences[1], saliences[2])
-    assert not torch.equal(saliences[2], saliences[3])
+def first_salience(batch: Any) -> Tensor:
+    """Of the first stage of a fresh network, in training mode."""
+    return stage_salience(tiny().train().forward_intermediates(batch[0], indices=[1])[1])[0]
+
+
+@pytest.mark.parametrize("rank_every", [1, 2])
+def test_salience_is_averaged_over_every_batch_and_ranked_by_now_and_then(
+    rank_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [a_batch(size) for size in (4, 6, 8)]
+    task = TfFDTask(tiny(), replace(UNSCHEDULED, salience_momentum=0.75, rank_every=rank_every))
+    ranked = ranked_by(task, monkeypatch, batches)
+    current = [first_salience(batch) for batch in batches]
+    averages = [current[0]]
+    for salience in current[1:]:
+        averages.append(0.75 * averages[-1] + 0.25 * salience)
+    torch.testing.assert_close(ranked, averages if rank_every == 1 else [averages[0], averages[0], averages[2]])
+
+
+def test_channels_are_ranked_anew_only_every_so_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [a_batch(size) for size in (4, 6, 8, 10)]
+    ranked = ranked_by(TfFDTask(tiny(), replace(UNSCHEDULED, rank_every=3)), monkeypatch, batches)
+    first, last = first_salience(batches[0]), first_salience(batches[3])
+    torch.testing.assert_close(ranked, [first, first, first, last])
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -239,7 +338,7 @@ def test_a_weight_of_zero_leaves_the_term_out() -> None:
         ({"lambda_intra": -1.0}, "a loss weight is zero or more"),
         ({"share_inter": -0.1}, "a gradient share is a fraction"),
         ({"salience_momentum": 1.0}, r"give a number in \[0, 1\)"),
-        ({"repair_every": 0}, "give 1 or more batches"),
+        ({"rank_every": 0}, "give 1 or more batches"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(changes: dict[str, Any], message: str) -> None:
@@ -280,15 +379,13 @@ def test_ab_sees_features_before_the_activation_and_leaves_the_logits_alone() ->
 
 
 def test_features_normalised_over_space_have_unit_maps_in_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tffd_zoo.tasks import tffd
-
     norms: list[Tensor] = []
 
     def spy(features: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         norms.extend(feature.flatten(2).norm(dim=2) for feature in features)
         return features[0].sum()
 
-    monkeypatch.setattr(tffd, "intra_layer_loss", spy)
+    monkeypatch.setattr(_lean, "intra_layer_loss", spy)
     TfFDTask(tiny(), replace(UNSCHEDULED, normalise=True, lambda_inter=0.0))(*a_batch(4))
     alive = torch.cat([norm.flatten() for norm in norms])
     torch.testing.assert_close(alive[alive > 0], torch.ones_like(alive[alive > 0]))
@@ -401,7 +498,7 @@ def test_plain_training_asks_nothing_but_logits() -> None:
 class _Constant(Objective):
     def __init__(self, scheduled: bool) -> None:
         super().__init__()
-        self.weights = {"constant": Weight(2.0, scheduled=scheduled)}
+        self.weights = {"constant": Weight(2.0, schedule=LossWeight(2) if scheduled else None)}
 
     def forward(self, view: View) -> dict[str, Tensor]:
         return {"constant": view.logits.sum() * 0 + 1}
@@ -417,4 +514,4 @@ def test_an_objective_may_stand_outside_the_schedule(scheduled: bool, extra: flo
 def test_objectives_need_stages() -> None:
     with pytest.raises(ValueError, match="stages=find_stages"):
         DistillationTask(tiny(), [_Constant(True)])
-    assert DistillationTask(tiny(), [_Constant(False)], stages=find_stages(tiny())).names == ("constant",)
+    assert set(DistillationTask(tiny(), [_Constant(False)], stages=find_stages(tiny())).weights) == {"constant"}

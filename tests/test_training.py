@@ -87,11 +87,11 @@ def test_more_steps_between_two_log_lines_wait_for_no_more_values(tmp_path: Path
 
 # --- stop and resume --------------------------------------------------------------------------------------------------
 
-# Everything that has state: EMA, averaged salience re-paired now and then, a target share, mixup's random numbers.
+# Everything that has state: EMA, averaged salience ranked now and then, a chosen lambda, mixup's random numbers.
 STATEFUL: dict[str, Any] = {
     "optim": {"ema_decay": 0.9, "mixup": 0.2},
     "data": {"drop_last": True},
-    "tffd": replace(CANONICAL, salience_momentum=0.9, repair_every=3, share_intra=0.05, measure_every=4),
+    "tffd": replace(CANONICAL, salience_momentum=0.9, rank_every=3, share_intra=0.05),
 }
 
 
@@ -331,9 +331,8 @@ def test_fsdp_takes_the_steps_of_ddp_and_resumes(tmp_path: Path) -> None:
 
 
 def sharded_recipe(output: Path, steps: int) -> Recipe:
-    run = {"max_steps": steps, "channels_last": False, "checkpoint_every": 4}
-    tffd = replace(CANONICAL, share_intra=0.05, measure_every=2)
-    return recipe(output, optim={"batch_size": 64}, tffd=tffd, run=run)
+    run = {"max_steps": steps, "channels_last": False, "checkpoint_every": 4, "measure_every": 2}
+    return recipe(output, optim={"batch_size": 64}, tffd=CANONICAL, run=run)
 
 
 def shard_on_cpus() -> None:
@@ -365,7 +364,8 @@ def two_process_recipe(output: Path, processes: int) -> Recipe:
         model="convnext_atto",
         data={"image_size": 32},
         optim={"batch_size": 480 // processes, "epochs": 1, "lr": 0.01},  # 1,437 images: the last batch is uneven
-        tffd=replace(CANONICAL, warmup=0.0, share_intra=0.05, measure_every=2),
+        tffd=replace(CANONICAL, warmup=0.0, share_intra=0.05),
+        run={"measure_every": 2},
     )
 
 

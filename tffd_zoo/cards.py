@@ -18,6 +18,7 @@ from .cli import run_cli
 from .known_data import Dataset, find_dataset
 from .markdown import bullets, markdown_table
 from .models import HubFile, Release, releases
+from .tasks import METHODS
 
 LICENSE = "apache-2.0"
 CITATION = """\
@@ -31,14 +32,6 @@ CITATION = """\
 
 
 CHOSEN_ON_ITS_TEST = "The best epoch was chosen on the very images that the figures are from, which flatters them."
-OTHER_METHODS = {
-    "byot": "the self-distillation of BYOT",
-    "cs_kd": "the class-wise self-distillation of CS-KD",
-    "tf_kd": "the designed teacher of Tf-KD",
-    "ps_kd": "the progressive self-distillation of PS-KD",
-    "drop": "DropBlock or Dropout",
-}
-"""Methods that a recipe may have in place of Tf-FD or beside it, by the name of their section."""
 
 
 @dataclass(frozen=True)
@@ -189,31 +182,13 @@ def _summary(info: CardInfo) -> str:
 
 def _method(recipe: Mapping[str, Any]) -> str:
     """Say in words what taught the model beside the labels."""
-    tffd, teacher, kd = (recipe.get(section) for section in ("tffd", "teacher", "kd"))
-    parts = [words for section, words in OTHER_METHODS.items() if recipe.get(section)]
-    if teacher:
-        network = f"`{teacher['model']}`" if teacher["model"] else "branches of its own"
-        parts.append(f"{'logits' if kd else 'features'} of a second network ({network}, {teacher['paradigm']})")
-    if tffd:
-        parts.append(
-            "teacher-free feature distillation (Tf-FD: salient channels teach redundant ones and deep stages shallow "
-            f"ones; {_strength(tffd, 'intra')}, {_strength(tffd, 'inter')})"
-        )
+    parts = [method.describe(recipe[section]) for section, method in METHODS.items() if recipe.get(section)]
     return f"with {' and '.join(parts)}" if parts else "with cross-entropy alone"
-
-
-def _strength(tffd: Mapping[str, Any], term: str) -> str:
-    """Say how strongly a term was weighted: by its target gradient share if it had one."""
-    share = tffd[f"share_{term}"]
-    return f"{term}-layer gradient share {share:.3g}" if share else f"lambda_{term} {tffd[f'lambda_{term}']:g}"
 
 
 def _short_method(recipe: Mapping[str, Any]) -> str:
     """Name what taught the model beside the labels."""
-    names = ["Tf-FD"] if recipe.get("tffd") else []
-    names += ["KD" if recipe.get("kd") else "feature KD"] if recipe.get("teacher") else []
-    names += [section.replace("_", "-").upper() for section in OTHER_METHODS if recipe.get(section)]
-    return " + ".join(names) or "cross-entropy"
+    return " + ".join(method.label for section, method in METHODS.items() if recipe.get(section)) or "cross-entropy"
 
 
 def _loading(info: CardInfo) -> str:

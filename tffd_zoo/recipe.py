@@ -18,10 +18,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .tasks import (
+    METHODS,
     BYOTConfig,
     CSKDConfig,
     DropConfig,
-    KDConfig,
+    Method,
     PSKDConfig,
     TeacherConfig,
     TfFDConfig,
@@ -139,6 +140,8 @@ class RunConfig:
     """Newest checkpoints kept."""
     log_every: int = 50
     """Steps between lines of the metrics file."""
+    measure_every: int = 0
+    """Measure gradient shares every so many batches, as a diagnostic; 0 never. Such a batch costs about three."""
     max_steps: int | None = None
     """Stop after so many steps, the schedules unchanged."""
     trackers: tuple[str, ...] = ()
@@ -163,8 +166,6 @@ class Recipe:
     """Tf-FD; None trains without it."""
     teacher: TeacherConfig | None = None
     """A second network to learn from."""
-    kd: KDConfig | None = None
-    """Distillation of the teacher's logits."""
     byot: BYOTConfig | None = None
     """Be Your Own Teacher."""
     cs_kd: CSKDConfig | None = None
@@ -181,6 +182,11 @@ class Recipe:
     def folder(self) -> Path:
         """Where the run lies."""
         return self.run.output or Path("runs") / f"{self.name}-{self.model.replace('/', '_')}-s{self.run.seed}"
+
+    @property
+    def methods(self) -> list[Method]:
+        """The sections that teach beside the labels; none is plain training."""
+        return [method for name in METHODS if (method := getattr(self, name)) is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

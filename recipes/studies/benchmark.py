@@ -254,7 +254,7 @@ def salience(bench: Bench) -> Iterator[Row]:
     """What the dearer saliences add, spread over the steps between two rankings."""
     cases: tuple[tuple[str, int, int | None], ...] = (("entropy", 1, None), ("hrank", 50, 8))
     for name, every, images in cases:
-        changes: dict[str, Any] = {"salience": name, "repair_every": every, "salience_images": images}
+        changes: dict[str, Any] = {"salience": name, "rank_every": every, "salience_images": images}
         ranked = TrainingStep(vary(SHORT_TFFD, name, tffd=changes), bench, compiled=True)
         plain = TrainingStep(SHORT_PLAIN, bench, compiled=True)
 
@@ -429,10 +429,10 @@ def growth(bench: Bench) -> Iterator[Row]:
         },
         "the last 2 stages": {"tffd": {"stages": (1, 2)}},
         "1 stage, intra-layer alone": {"tffd": {"stages": (2,), "lambda_inter": 0.0}},
-        "shares measured every 100 batches": {"tffd": {"share_intra": 0.05, "share_inter": 0.05, "measure_every": 100}},
+        "shares measured every 100 batches": {"run": {"measure_every": 100}},
     }  # fmt: skip
     for what, changes in cases.items():
-        every = changes.get("tffd", {}).get("measure_every", 0)
+        every = changes.get("run", {}).get("measure_every", 0)
         plain_changes = {section: values for section, values in changes.items() if section != "tffd"}
         tffd = TrainingStep(vary(pairs["tffd"], "growth", **changes), bench)
         plain = TrainingStep(vary(pairs["plain"], "growth", **plain_changes), bench)

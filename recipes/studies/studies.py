@@ -238,9 +238,7 @@ BUDGETS = Study(
 
 # --- without any download ---------------------------------------------------------------------------------------------
 
-DIGITS_SHARE = vary(
-    QUICKSTART, "digits-share", optim={"epochs": 4}, tffd={"share_intra": 0.05, "share_inter": 0.05, "measure_every": 5}
-)
+DIGITS_SHARE = vary(QUICKSTART, "digits-share", optim={"epochs": 4}, tffd={"share_intra": 0.05, "share_inter": 0.05})
 DIGITS = Study(
     "digits",
     "do studies work on this machine? (scikit-learn's digits, a few minutes)",

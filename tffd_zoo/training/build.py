@@ -31,22 +31,8 @@ from ..data import (
 from ..data.memory import AUGMENTS
 from ..loading import check_labels, check_model_name, load_model
 from ..recipe import DataConfig, Recipe
-from ..stages import Stages, find_stages, stage_activations
-from ..tasks import (
-    BYOT,
-    CSKD,
-    PSKD,
-    AuxiliaryBranches,
-    DistillationTask,
-    FrozenTeacher,
-    Objective,
-    OnlineTeacher,
-    StageDrop,
-    TeacherConfig,
-    TeacherDistillation,
-    TfFDTask,
-    TfKD,
-)
+from ..stages import find_stages, stage_activations
+from ..tasks import DistillationTask, Setting, TeacherConfig
 
 
 def check_trackers(names: Sequence[str], accelerator: Accelerator) -> None:
@@ -159,7 +145,7 @@ def make_loaders(
         recipe.run.seed,
         augment=augment,
         drop_last=data.drop_last,
-        pair_classes=recipe.cs_kd is not None,
+        pair_classes=any(method.pairs_classes for method in recipe.methods),
         **shared,
     )
     return Loaders(train_batches, eval_loader(eval_source, spec, max(batch_size, 250), **shared))
@@ -187,8 +173,9 @@ def make_mixup(recipe: Recipe, source: TrainSource, processes: int) -> Mixup | N
     optim = recipe.optim
     if not (optim.mixup or optim.cutmix):
         return None
-    if recipe.cs_kd or recipe.tf_kd or recipe.ps_kd:
-        raise ValueError("mixup and CutMix blend images of two classes, and CS-KD, Tf-KD and PS-KD ask for one: choose")
+    for method in recipe.methods:
+        if method.one_class:
+            raise ValueError(f"mixup and CutMix blend images of two classes, and {method.label} asks for one: choose")
     last = 0 if recipe.data.drop_last else len(source) % (optim.batch_size * processes)
     if optim.batch_size % 2 or last % (2 * processes):
         raise ValueError("mixup and CutMix pair the images of a batch: use an even --batch-size and --drop-last")
@@ -201,27 +188,42 @@ def make_mixup(recipe: Recipe, source: TrainSource, processes: int) -> Mixup | N
 def make_task(
     recipe: Recipe, model: nn.Module, spec: ImageSpec, source: TrainSource, batches_per_epoch: int
 ) -> DistillationTask:
-    """The training task of a recipe: cross-entropy and the losses of every section that is there.
+    """The training task of a recipe: cross-entropy and the losses of its methods.
 
     Raises:
-        ValueError: sections that do not go together, or a teacher that cannot teach this student.
+        ValueError: a method that cannot be had with this model or these images.
     """
-    tffd, teacher = recipe.tffd, recipe.teacher
     criterion = make_criterion(recipe)
-    common: dict[str, Any] = {"criterion": criterion, "batches_per_epoch": batches_per_epoch}
-    if not any((tffd, teacher, recipe.kd, recipe.byot, recipe.cs_kd, recipe.tf_kd, recipe.ps_kd, recipe.drop)):
+    common: dict[str, Any] = {
+        "criterion": criterion,
+        "batches_per_epoch": batches_per_epoch,
+        "measure_every": recipe.run.measure_every,
+    }
+    if not recipe.methods:
         return DistillationTask(model, **common)  # plain training works on models without stages too
-    stages = find_stages(model, tffd.stages if tffd else None)
-    objectives = make_objectives(recipe, model, stages, spec, source, criterion)
-    if tffd is not None:
-        if teacher is not None and not tffd.measure_every:
-            tffd = dataclasses.replace(tffd, measure_every=teacher.measure_every)
-        return TfFDTask(
-            model, tffd, epochs=recipe.optim.epochs, objectives=objectives, input_size=spec.input_size, **common
-        )
-    return DistillationTask(
-        model, objectives, stages=stages, measure_every=teacher.measure_every if teacher else 0, **common
+    for method in recipe.methods:
+        if method.all_labels and isinstance(source, StreamedSource):
+            raise ValueError(
+                f"{method.label} starts from the labels of all images, and --streaming reads those while it trains; "
+                "choose one"
+            )
+    chosen_stages = recipe.tffd.stages if recipe.tffd else None
+    setting = Setting(
+        model=model,
+        stages=find_stages(model, chosen_stages),
+        chosen_stages=chosen_stages,
+        pre_activation=any(method.pre_activation for method in recipe.methods),
+        input_size=spec.input_size,
+        image_stats=(spec.mean, spec.std),
+        num_classes=source.num_classes,
+        epochs=recipe.optim.epochs,
+        criterion=criterion,
+        labels=None if isinstance(source, StreamedSource) else source.labels,
+        second_network=lambda config: second_network(config, recipe, source),
     )
+    taps = stage_activations(model, setting.stages, spec.input_size) if setting.pre_activation else ()
+    objectives = [method.build(setting) for method in recipe.methods]
+    return DistillationTask(model, objectives, stages=setting.stages, taps=taps, **common)
 
 
 def make_criterion(recipe: Recipe) -> nn.Module:
@@ -232,63 +234,15 @@ def make_criterion(recipe: Recipe) -> nn.Module:
     return create_classification_loss(smoothing=smoothing, soft_targets=soft_targets)
 
 
-def make_objectives(
-    recipe: Recipe, model: nn.Module, stages: Stages, spec: ImageSpec, source: TrainSource, criterion: nn.Module
-) -> list[Objective]:
-    """What the recipe adds to cross-entropy, besides Tf-FD."""
-    epochs, classes = recipe.optim.epochs, source.num_classes
-    objectives: list[Objective] = []
-    if recipe.teacher is not None:
-        teacher = make_teacher(recipe, recipe.teacher, stages, spec, source)
-        objectives.append(
-            TeacherDistillation(teacher, stages, recipe.teacher, recipe.kd, epochs=epochs, criterion=criterion)
-        )
-    elif recipe.kd is not None:
-        raise ValueError("logit distillation (kd) needs a teacher: start from a preset with one, such as kd")
-    if recipe.byot is not None:
-        objectives.append(BYOT(recipe.byot, stages, classes, criterion))
-    if recipe.cs_kd is not None:
-        objectives.append(CSKD(recipe.cs_kd))
-    if recipe.tf_kd is not None:
-        objectives.append(TfKD(recipe.tf_kd))
-    if recipe.ps_kd is not None:
-        if isinstance(source, StreamedSource):
-            raise ValueError(
-                "PS-KD starts from the labels of all images, and --streaming reads those while it trains; choose one"
-            )
-        objectives.append(PSKD(recipe.ps_kd, source.labels, classes, epochs))
-    if recipe.drop is not None:
-        objectives.append(StageDrop(recipe.drop, model, stages, epochs))
-    return objectives
-
-
-def make_teacher(
-    recipe: Recipe, config: TeacherConfig, stages: Stages, spec: ImageSpec, source: TrainSource
-) -> FrozenTeacher | OnlineTeacher | AuxiliaryBranches:
-    """The network that teaches.
+def second_network(config: TeacherConfig, recipe: Recipe, source: TrainSource) -> nn.Module:
+    """The network that teaches: trained, or fresh where it is trained alongside.
 
     Raises:
         ValueError, OSError: it cannot be had, or does not know the student's classes.
     """
-    pre_activation = recipe.tffd is not None and recipe.tffd.pre_activation
     if config.paradigm == "offline":
-        network = load_teacher(config, source)
-    else:
-        network = fresh_teacher(recipe, config, source.num_classes)
-    if config.paradigm == "branches":
-        if pre_activation:
-            raise ValueError(
-                "branches read features after the activation and 'ab' compares those before it: choose one"
-            )
-        return AuxiliaryBranches(network, stages, spec.input_size)
-
-    needed = config.teaches_features or config.paradigm == "online"
-    its_stages = find_stages(network, recipe.tffd.stages if recipe.tffd else None) if needed else None
-    taps = stage_activations(network, its_stages, spec.input_size) if its_stages and pre_activation else ()
-    if config.paradigm == "offline":
-        return FrozenTeacher(network, its_stages, taps, image_stats=(spec.mean, spec.std))
-    assert its_stages is not None
-    return OnlineTeacher(network, its_stages, taps)
+        return load_teacher(config, source)
+    return fresh_teacher(recipe, config, source.num_classes)
 
 
 def load_teacher(config: TeacherConfig, source: TrainSource) -> nn.Module:

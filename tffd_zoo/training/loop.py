@@ -10,15 +10,17 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from timm import create_model
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -32,6 +34,7 @@ from ..evaluation import EvalResult, NonFiniteLogits, evaluate
 from ..export import export_run
 from ..loading import check_architecture
 from ..recipe import OptimConfig, Recipe
+from ..tasks import DistillationTask
 from ..threads import use_threads
 from .build import (
     check_batch_of_one,
@@ -127,7 +130,11 @@ def train(recipe: Recipe) -> Path:
     checkpoint = folder.latest_checkpoint()
     if checkpoint is not None:
         folder.load_checkpoint(checkpoint)
-    folder.forget_after(progress.step)
+    folder.forget_after(progress.step if checkpoint else -1)
+    if task.undecided:
+        lambdas = _choose_lambdas(task, train_batches, mixup, optim.accumulate, accelerator)
+        folder.append({"kind": "lambdas", "step": 0, "epoch": 0.0, **lambdas})
+        accelerator.print("by gradient share: " + ", ".join(f"lambda_{k} {v:.4g}" for k, v in lambdas.items()))
     scheduler.step_update(progress.step)
     accelerator.print(
         f"{recipe.model}, {recipe.name}: {train_batches.describe()}\n"
@@ -237,6 +244,33 @@ class _Timer:
         rate = self.images / (now - self.started)
         self.images, self.started = 0, now
         return round(rate, 1)
+
+
+def _choose_lambdas(
+    task: DistillationTask, batches: Loader, mixup: Mixup | None, accumulate: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """The weights that gradient shares ask for, by the first steps of the run, which are then taken as if for the first
+    time.
+
+    Raises:
+        ValueError: under FSDP, or for a loss without gradient.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "gradient shares are measured on whole weights, and FSDP shards them; give the lambdas themselves (a short "
+            "run without FSDP prints them)"
+        )
+
+    def first_batches() -> Generator[tuple[torch.Tensor, ...], None, None]:
+        for batch in batches.epoch(0):
+            images, targets = batch.images.to(accelerator.device), batch.targets.to(accelerator.device)
+            yield (*(mixup(images, targets) if mixup is not None else (images, targets)), batch.indices)
+
+    drawn = np.random.get_state()  # mixup draws from it
+    with accelerator.autocast(), closing(first_batches()) as steps:
+        chosen = task.choose_lambdas(steps, accumulate=accumulate)
+    np.random.set_state(drawn)
+    return chosen
 
 
 def _steps(batches: Loader, progress: Progress, optim: OptimConfig) -> Iterator[list[tuple[Batch, float, bool]]]:
