@@ -71,7 +71,7 @@ def make_source(images: int, width: int = 16, height: int = 16, classes: int = 3
 
 
 def seen(*loaders: Loader, epoch: int = 0) -> list[int]:
-    return [index for loader in loaders for batch in loader.epoch(epoch) for index in batch.indices.tolist()]
+    return [index for loader in loaders for batch in loader.epoch(epoch) for index in batch.positions.tolist()]
 
 
 def batch_sizes(loader: Loader) -> list[int]:
@@ -81,7 +81,7 @@ def batch_sizes(loader: Loader) -> list[int]:
 def assert_equal(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
     assert len(batches) == len(others)
     for batch, other in zip(batches, others, strict=True):
-        assert torch.equal(batch.indices, other.indices)
+        assert torch.equal(batch.positions, other.positions)
         assert torch.equal(batch.targets, other.targets)
         assert torch.equal(batch.images, other.images)
         assert batch.weight == other.weight
@@ -91,7 +91,7 @@ def by_index(loader: Loader, epoch: int = 0) -> dict[int, Tensor]:
     return {
         index: image
         for batch in loader.epoch(epoch)
-        for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
+        for index, image in zip(batch.positions.tolist(), batch.images, strict=True)
     }
 
 
@@ -121,17 +121,17 @@ class TestSharding:
         )
         whole = train_loader(source, SPEC, 8, seed=1, augment=augment, workers=0)
         for a, b, both in zip(first.epoch(2), second.epoch(2), whole.epoch(2), strict=True):
-            assert torch.equal(torch.cat([a.indices, b.indices]), both.indices)
+            assert torch.equal(torch.cat([a.positions, b.positions]), both.positions)
             assert torch.equal(torch.cat([a.targets, b.targets]), both.targets)
             assert torch.equal(torch.cat([a.images, b.images]), both.images)
-        assert (len(a.indices), len(b.indices)) == (3, 2)  # the last one, of 5
+        assert (len(a.positions), len(b.positions)) == (3, 2)  # the last one, of 5
 
     def test_weighted_means_of_the_ranks_average_to_the_mean_of_the_global_batch(self) -> None:
         losses = torch.rand(23, dtype=torch.float64)
         shares = [train_loader(make_source(23), SPEC, 3, seed=0, rank=rank, world_size=3) for rank in range(3)]
         for batches in zip(*(share.epoch(0) for share in shares), strict=True):
-            mean_of_ranks = sum(batch.weight * losses[batch.indices].mean() for batch in batches) / 3
-            global_mean = losses[torch.cat([batch.indices for batch in batches])].mean()
+            mean_of_ranks = sum(batch.weight * losses[batch.positions].mean() for batch in batches) / 3
+            global_mean = losses[torch.cat([batch.positions for batch in batches])].mean()
             assert mean_of_ranks == pytest.approx(global_mean)
         assert [batch.weight for batch in batches] == pytest.approx([6 / 5, 6 / 5, 3 / 5])  # 2, 2 and 1 of 5 images
 
@@ -152,7 +152,7 @@ class TestSharding:
     def test_targets_are_the_labels_of_the_indices(self) -> None:
         source = make_source(10)
         for batch in [*train_loader(source, SPEC, 4, seed=0).epoch(0), *eval_loader(source, SPEC, 4)]:
-            assert torch.equal(batch.targets, source.labels[batch.indices])
+            assert torch.equal(batch.targets, source.labels[batch.positions])
 
 
 class TestResume:
@@ -330,7 +330,7 @@ class TestPairs:
         assert len(loader) == 7
         firsts = []
         for batch in loader.epoch(0):
-            first, second = batch.indices.tensor_split(2)
+            first, second = batch.positions.tensor_split(2)
             assert torch.equal(source.labels[first], source.labels[second])
             assert (first != second).all()
             firsts += first.tolist()
@@ -345,15 +345,15 @@ class TestPairs:
 
     def test_an_image_alone_in_its_class_is_its_own_partner(self) -> None:
         batch = next(train_loader(make_source(3, classes=3), SPEC, 6, seed=0, pair_classes=True).epoch(0))
-        assert torch.equal(batch.indices[:3], batch.indices[3:])
+        assert torch.equal(batch.positions[:3], batch.positions[3:])
 
     def test_two_ranks_draw_the_partners_of_one_process(self) -> None:
         source = make_source(22)
         halves = [train_loader(source, SPEC, 4, 1, rank=rank, world_size=2, pair_classes=True) for rank in (0, 1)]
         whole = train_loader(source, SPEC, 8, 1, pair_classes=True)
         for *ranks, both in zip(*(loader.epoch(1) for loader in (*halves, whole)), strict=True):
-            first, second = zip(*(batch.indices.tensor_split(2) for batch in ranks), strict=True)
-            assert torch.equal(torch.cat([*first, *second]), both.indices)
+            first, second = zip(*(batch.positions.tensor_split(2) for batch in ranks), strict=True)
+            assert torch.equal(torch.cat([*first, *second]), both.positions)
 
 
 class TestChoices:

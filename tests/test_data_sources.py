@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,10 @@ class TestParquet:
         assert (source.image_column, source.label_column, source.label_names) == ("picture", "kind", ("0", "1"))
         assert np.array_equal(source.decode(1), pixels(6))
 
-    def test_a_column_of_plain_bytes_serves_when_it_is_named(self, tmp_path: Path, open_: Any) -> None:
-        write_parquet(tmp_path / "d" / "train.parquet", picture=[png(5)], kind=[0])
-        assert np.array_equal(open_(tmp_path / "d", "train", image_column="picture").decode(0), pixels(5))
+    def test_a_column_of_plain_bytes_serves_when_its_name_is_known_or_given(self, tmp_path: Path, open_: Any) -> None:
+        write_parquet(tmp_path / "d" / "train.parquet", image=[png(5)], thing=[png(6)], kind=[0])
+        assert np.array_equal(open_(tmp_path / "d", "train").decode(0), pixels(5))
+        assert np.array_equal(open_(tmp_path / "d", "train", image_column="thing").decode(0), pixels(6))
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -141,10 +143,66 @@ class TestParquet:
         with pytest.raises(ValueError, match=message):
             open_(cifar_like, "test", **options)
 
-    def test_two_label_columns_of_unknown_names_are_put_before_the_user(self, tmp_path: Path, open_: Any) -> None:
-        write_parquet(tmp_path / "d" / "train.parquet", image=images([0]), genus=[0], species=[0])
-        with pytest.raises(ValueError, match="several label columns; name one with --label-column: genus, species"):
+    @pytest.mark.parametrize(
+        ("columns", "asked"),
+        [
+            ({"genus": [0], "species": [0]}, "several label columns; .*: genus, species"),
+            ({"genus": ["Apis"], "species": [0]}, "several label columns; .*: genus, species"),
+            ({"label": [0], "class": ["bee"]}, "several label columns; .*: label, class"),
+            ({"image_id": [7]}, "no column that is surely the label's; .*: image, image_id"),
+            ({"label": [0.5], "image_id": [7]}, "column label of .* holds .*float64.*, not classes"),
+            ({"label": [[0, 1]], "image_id": [7]}, "column label of .* holds List.*, not classes"),
+            ({"label": [0], "picture": images([0])}, "several image columns; .*: image, picture"),
+        ],
+    )
+    def test_what_could_be_meant_is_put_before_the_user_and_never_guessed(
+        self, columns: dict[str, Any], asked: str, tmp_path: Path, open_: Any
+    ) -> None:
+        write_parquet(tmp_path / "d" / "train.parquet", **{"image": images([0]), **columns})
+        with pytest.raises(ValueError, match=asked):
             open_(tmp_path / "d", "train")
+
+    @pytest.mark.parametrize("as_pandas_does", [False, True])
+    def test_a_columns_name_outranks_its_type_and_text_labels_are_classes_in_natural_order(
+        self, as_pandas_does: bool, tmp_path: Path, open_: Any
+    ) -> None:
+        labels = pa.array(["dog", "cat 10", "cat 2", "dog"])
+        if as_pandas_does:
+            labels = labels.dictionary_encode()
+        columns = {"image_id": [7, 8, 9, 10], "width": [8] * 4, "image": images(range(4)), "label": labels}
+        write_parquet(tmp_path / "d" / "train.parquet", **columns)
+        source = open_(tmp_path / "d", "train")
+        assert (source.label_column, source.label_names) == ("label", ("cat 2", "cat 10", "dog"))
+        assert source.labels.tolist() == [2, 1, 0, 2]
+
+    def test_a_declared_class_outranks_plain_numbers(self, tmp_path: Path, open_: Any) -> None:
+        features = {"photo": datasets.Image(), "rank": datasets.Value("int64"), "kind": classes("ant", "bee")}
+        write_parquet(tmp_path / "d" / "train.parquet", features, photo=images([0, 1]), rank=[5, 9], kind=[1, 0])
+        assert open_(tmp_path / "d", "train").label_column == "kind"
+
+    def test_rows_without_a_text_label_and_numbers_that_are_surely_ids_are_refused(
+        self, tmp_path: Path, open_: Any
+    ) -> None:
+        write_parquet(tmp_path / "blank" / "train.parquet", image=images([0, 1, 2]), label=["ant", " ", None])
+        with pytest.raises(ValueError, match="lacks 2 labels"):
+            open_(tmp_path / "blank", "train")
+        write_parquet(tmp_path / "ids" / "train.parquet", image=images([0]), label=[10**6])
+        with pytest.raises(ValueError, match="goes up to 1000000: ids rather than classes"):
+            open_(tmp_path / "ids", "train")
+
+    def test_paths_in_a_table_start_at_its_folder(self, tmp_path: Path, open_: Any) -> None:
+        write_images(tmp_path / "d" / "pictures", [4])
+        columns = {"file_name": ["pictures/4.png", "pictures/gone.png"], "label": ["ant", "bee"]}
+        write_parquet(tmp_path / "d" / "train.parquet", **columns)
+        source = open_(tmp_path / "d", "train")
+        assert np.array_equal(source.decode(0), pixels(4))
+        with pytest.raises(UnreadableImageError, match=r"row 1 .*gone\.png\): No such file"):
+            source.decode(1)
+        assert len(open_(tmp_path / "d", "train", skip_unreadable=True)) == 1
+
+    def test_the_usual_names_of_a_split_are_one(self, tmp_path: Path, open_: Any) -> None:
+        write_parquet(tmp_path / "d" / "validation-00000-of-00001.parquet", image=images([0]), label=[0])
+        assert open_(tmp_path / "d", "val").split == "validation"
 
     def test_a_split_that_does_not_exist_is_refused_naming_those_that_do(self, cifar_like: Path, open_: Any) -> None:
         with pytest.raises(ValueError, match="has no split validation; it has test"):
@@ -190,13 +248,107 @@ class TestImageFolder:
         assert [(source.where(i), int(source.labels[i])) for i in range(len(source))] == reader.samples
         assert np.array_equal(source.decode(0), pixels(2))
 
-    def test_a_class_that_one_split_lacks_does_not_shift_the_others(self, tmp_path: Path) -> None:
-        for name in ("ant", "bee", "cod"):
+    def test_the_classes_are_the_folders_right_under_the_split_whatever_lies_deeper(self, tmp_path: Path) -> None:
+        for number, name in enumerate(["cat/2021", "cat/2022/may", "dev", "test/train"]):
+            write_images(tmp_path / "train" / name, [number])
+        source = open_source(str(tmp_path), "train")
+        assert (source.labels.tolist(), source.label_names) == ([0, 0, 1, 2], ("cat", "dev", "test"))
+        assert np.array_equal(source.decode(1), pixels(1))
+
+    def test_a_class_folder_may_have_the_name_of_a_split(self, tmp_path: Path) -> None:
+        for number, name in enumerate(["car", "dev", "train"]):
+            write_images(tmp_path / name, [number])
+        source = open_source(str(tmp_path), "train")
+        assert (source.labels.tolist(), source.label_names) == ([0, 1, 2], ("car", "dev", "train"))
+
+    def test_a_folder_that_may_be_a_class_or_a_split_is_put_before_the_user(self, tmp_path: Path) -> None:
+        for name in ("dev/2021", "dev/2022", "ops/2021"):
+            write_images(tmp_path / name, [0])
+        with pytest.raises(ValueError, match=r"dev in .* may be a split or a class, for ops beside it .*/train, or"):
+            open_source(str(tmp_path), "train")
+
+    def test_only_the_split_that_was_asked_for_is_read(self, tmp_path: Path) -> None:
+        for name in ("train/ant", "train/bee", "test/images", "extra/wasp"):
+            write_images(tmp_path / name, [0])
+        (tmp_path / "test" / "7.png").write_bytes(png(7))  # no class: matters to those who ask for the test split
+        source = open_source(str(tmp_path), "train")
+        assert source.label_names == ("ant", "bee")
+        assert source.describe() == (
+            f"2 images of 2 classes from {tmp_path} (train; left out: 1 folders beside the splits (extra))"
+        )
+        with pytest.raises(ValueError, match=r"test holds images outside class folders, such as 7\.png"):
+            open_source(str(tmp_path), "test")
+
+    def test_hidden_names_and_what_systems_leave_are_not_data_and_what_is_not_read_is_counted(
+        self, tmp_path: Path
+    ) -> None:
+        for name in ("ant", "bee", ".ipynb_checkpoints", "__MACOSX/ant", "bee/.thumbnails"):
             write_images(tmp_path / "train" / name, [0])
-        for name in ("ant", "cod"):
-            write_images(tmp_path / "test" / name, [1])
-        test = open_source(str(tmp_path), "test")
-        assert (test.labels.tolist(), test.label_names) == ([0, 2], ("ant", "bee", "cod"))
+        for name in ("._0.png", "Thumbs.db", "desktop.ini", ".DS_Store", "a.heic", "b.HEIC", "notes.txt", "README"):
+            (tmp_path / "train" / "ant" / name).write_bytes(b"x")
+        (tmp_path / "train" / "cow").mkdir()
+        source = open_source(str(tmp_path), "train")
+        assert source.describe() == (
+            f"2 images of 2 classes from {tmp_path} (train; left out: 2 .heic (not among the formats), "
+            "1 .txt (not among the formats), 5 hidden or of the system, 1 without a suffix, "
+            "1 folders without an image that can be read (cow))"
+        )
+
+    @pytest.mark.parametrize(
+        "suffix", ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "avif", "ppm", "jp2"]
+    )
+    def test_every_format_counts_and_the_order_of_the_classes_is_the_same_for_all(
+        self, suffix: str, tmp_path: Path
+    ) -> None:
+        for number in (1, 2, 10):
+            (tmp_path / str(number)).mkdir()
+            Image.fromarray(pixels(number)).save(tmp_path / str(number) / f"x.{suffix.upper()}")
+        source = open_source(str(tmp_path), "train")
+        assert (source.label_names, source.labels.tolist()) == (("1", "2", "10"), [0, 1, 2])
+        assert source.decode(2).size == (8, 8)
+
+    @pytest.mark.parametrize("wanted", ["val", "valid", "validation", "dev"])
+    def test_a_split_answers_to_the_name_of_its_folder_and_to_the_usual_ones(self, wanted: str, tmp_path: Path) -> None:
+        for name in ("train/ant", "Val/ant", "fold7/ant"):
+            write_images(tmp_path / name, [0])
+        assert open_source(str(tmp_path), wanted).split == "validation"
+        assert open_source(str(tmp_path), ("validation", "test")).split == "validation"
+        assert open_source(str(tmp_path), "fold7").split == "fold7"
+        with pytest.raises(ValueError, match="has no split test or eval; it has Val, train"):
+            open_source(str(tmp_path), ("test", "eval"))
+
+    def test_two_folders_that_may_be_the_split_are_put_before_the_user(self, tmp_path: Path) -> None:
+        for name in ("train/ant", "val/ant", "dev/ant"):
+            write_images(tmp_path / name, [0])
+        assert open_source(str(tmp_path), "val").images.where(0).endswith("val/ant/0.png")
+        with pytest.raises(ValueError, match="has dev and val, each of which may be the split validation; name one"):
+            open_source(str(tmp_path), "validation")
+
+    def test_the_folder_of_one_split_serves_under_its_own_name(self, tmp_path: Path) -> None:
+        write_images(tmp_path / "test" / "ant", [0])
+        assert len(open_source(str(tmp_path / "test"), "test")) == 1
+
+    def test_a_link_to_a_folder_above_is_not_followed_for_ever(self, tmp_path: Path) -> None:
+        write_images(tmp_path / "ant", [0])
+        (tmp_path / "ant" / "up").symlink_to(tmp_path / "ant")
+        assert len(open_source(str(tmp_path), "train")) == 1
+
+    def test_a_path_that_exists_is_a_path_even_if_it_is_called_like_a_reader_or_a_data_set(
+        self, tmp_path: Path, open_: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        write_parquet(tmp_path / "parquet" / "train.parquet", image=images([0]), label=[0])
+        write_parquet(tmp_path / "neighbour" / "train.parquet", image=images([1, 2]), label=[0, 1])
+        write_images(tmp_path / "digits" / "ant", [0])
+        assert len(open_("parquet", "train")) == 1
+        assert open_("digits", "train").label_names == ("ant",)
+
+    def test_flags_that_mean_nothing_for_the_data_are_refused(self, tmp_path: Path) -> None:
+        write_images(tmp_path / "ant", [0])
+        with pytest.raises(ValueError, match=r"--image-column or --label-column \(kind\) means nothing for .*a folder"):
+            open_source(str(tmp_path), "train", label_column="kind")
+        with pytest.raises(ValueError, match=r"--revision \(v1\) means nothing"):
+            open_source(str(tmp_path), "train", revision="v1")
 
     def test_without_split_folders_every_image_is_for_training_and_no_other_split_exists(self, tmp_path: Path) -> None:
         write_images(tmp_path / "ant", [0, 1])
@@ -206,10 +358,13 @@ class TestImageFolder:
             open_source(str(tmp_path), "test")
 
     def test_images_outside_class_folders_are_refused(self, tmp_path: Path) -> None:
-        write_images(tmp_path / "ant", [0])
-        write_images(tmp_path, [1])
-        with pytest.raises(ValueError, match="holds images outside class folders"):
-            open_source(str(tmp_path), "train")
+        write_images(tmp_path / "d" / "ant", [0])
+        write_images(tmp_path / "d", [1])
+        write_images(tmp_path / "splits" / "train", [0])
+        write_images(tmp_path / "splits" / "test", [0])
+        for folder in ("d", "splits"):
+            with pytest.raises(ValueError, match="holds images outside class folders"):
+                open_source(str(tmp_path / folder), "train")
 
     def test_a_folder_with_a_metadata_file_is_left_to_datasets(self, tmp_path: Path, open_: Any) -> None:
         write_images(tmp_path / "d" / "train", [0, 1])
@@ -248,8 +403,20 @@ class TestUnreadableImages:
             UnreadableImageError, match=r"cannot read row 1 of split train of .*\(x.jpg\): not an image"
         ):
             source.decode(1)
-        with pytest.raises(UnreadableImageError, match=r"row 2 .*: not an image"):
+        with pytest.raises(UnreadableImageError, match=r"row 2 .*: it is empty"):
             source.decode(2)
+
+    def test_what_cannot_even_be_opened_is_one_of_them(self, tmp_path: Path) -> None:
+        write_images(tmp_path / "ant", [0])
+        (tmp_path / "ant" / "1.png").symlink_to(tmp_path / "gone.png")
+        os.mkfifo(tmp_path / "ant" / "2.png")
+        (tmp_path / "ant" / "3.png").write_bytes(b"")
+        source = open_source(str(tmp_path), "train")
+        for position, reason in enumerate(["No such file or directory", "it is no file", "it is empty"], start=1):
+            with pytest.raises(UnreadableImageError, match=rf"ant/{position}\.png: {reason}; replace"):
+                source.decode(position)
+        skipped = open_source(str(tmp_path), "train", skip_unreadable=True)
+        assert "(train; left out: 3 unreadable (--skip-unreadable))" in skipped.describe()
 
     def test_they_are_skipped_only_when_asked_and_the_count_is_logged(
         self, tmp_path: Path, open_: Any, caplog: pytest.LogCaptureFixture
@@ -303,6 +470,20 @@ class TestHoldout:
     def test_a_number_that_leaves_one_part_empty_is_refused(self, n: int) -> None:
         with pytest.raises(ValueError, match=f"cannot hold {n} images out of 1437; choose from 1 to 1436"):
             holdout(open_source("digits", "train"), n)
+
+
+def test_other_names_or_sizes_of_the_same_classes_are_other_images(tmp_path: Path, open_: Any) -> None:
+    write_images(tmp_path / "a" / "ant", [0])
+    write_images(tmp_path / "b" / "ant", [0])
+    write_images(tmp_path / "c" / "ant", [1])
+    (tmp_path / "b" / "ant" / "0.png").write_bytes(png(0) + b"!")
+    for name, image in (("d", images([0])), ("e", images([1]))):
+        write_parquet(tmp_path / name / "train.parquet", image=image, label=[0])
+    write_parquet(tmp_path / "f" / "train.parquet", image=["a/ant/0.png"], label=[0])
+    write_parquet(tmp_path / "g" / "train.parquet", image=[png(0) + b"!"], label=[0])
+    outlines = {open_(tmp_path / name, "train").outline for name in "abcdefg"}
+    assert len(outlines) == 7
+    assert open_(tmp_path / "a", "train").outline in outlines
 
 
 def test_the_fingerprint_follows_the_labels_their_names_and_the_choice_of_images() -> None:

@@ -116,12 +116,12 @@ class TestSharding:
         shares = ranks(source, 24 // world_size, world_size, augment=augment)
         whole = stream(source, 24, augment=augment)
         for *parts, both in zip(*(loader.epoch(2) for loader in (*shares, whole)), strict=True):
-            for name in ("indices", "targets", "images"):
+            for name in ("positions", "targets", "images"):
                 assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(both, name))
             losses = torch.rand(101, dtype=torch.float64)
-            means = [part.weight * losses[part.indices].mean() for part in parts]
-            assert sum(means) / world_size == pytest.approx(losses[both.indices].mean())
-        assert len(both.indices) == 5  # the last one is smaller and uneven
+            means = [part.weight * losses[part.positions].mean() for part in parts]
+            assert sum(means) / world_size == pytest.approx(losses[both.positions].mean())
+        assert len(both.positions) == 5  # the last one is smaller and uneven
 
     def test_epochs_and_seeds_have_orders_of_their_own_and_each_the_same_again(self, source: StreamedSource) -> None:
         orders = [seen(stream(source, 16, seed=seed), epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
@@ -174,8 +174,8 @@ class TestReading:
             plain = train_loader(whole, SPEC, 16, 3, augment=augment, workers=0, in_memory=False)
             expected = by_index(plain, epoch=1)
             for batch in stream(source, 16, seed=3, augment=augment).epoch(1):
-                assert torch.equal(batch.targets, whole.labels[batch.indices])
-                for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+                assert torch.equal(batch.targets, whole.labels[batch.positions])
+                for index, image in zip(batch.positions.tolist(), batch.images, strict=True):
                     assert torch.equal(image, expected[index])
 
     @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -251,7 +251,7 @@ sys.stdin.readline()
 spec = ImageSpec(input_size=(3, 16, 16))
 rank, world_size = map(int, sys.argv[1:])
 loader = train_loader(source, spec, 32, seed=0, rank=rank, world_size=world_size, workers=2)
-print(sorted(index for batch in loader for index in batch.indices.tolist()))
+print(sorted(index for batch in loader for index in batch.positions.tolist()))
 """
 
 
@@ -410,15 +410,13 @@ def test_a_split_or_column_that_does_not_exist_is_refused_naming_those_that_do(f
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
     rows = [*images([0, 1]), {"bytes": b"text", "path": None}, None]
-    for broken, name in ((2, "row 2"), (3, "row 3")):
+    for broken, reason in ((2, "not an image"), (3, "it is empty")):
         write_parquet(tmp_path / "d" / "train.parquet", image=[*rows[:2], rows[broken], rows[0]][:3], label=[0, 1, 0])
         loader = stream(open_streamed(str(tmp_path / "d"), "train"), 3, workers=workers)
         with pytest.raises(UnreadableImageError) as caught:
             list(loader)
         message = str(caught.value)
-        assert message.startswith(f"cannot read row 2 of {tmp_path / 'd' / 'train.parquet'}: not an image; replace"), (
-            name
-        )
+        assert message.startswith(f"cannot read row 2 of {tmp_path / 'd' / 'train.parquet'}: {reason}; replace")
         assert "leave --streaming out and skip such images with --skip-unreadable" in message
 
 

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .atomic import replacing_file
 from .cli import run_cli
+from .data.splits import same_split
 from .known_data import Dataset, find_dataset
 from .markdown import bullets, markdown_table
 from .models import HubFile, Release, releases
@@ -358,10 +359,10 @@ def _held_out(evaluation: Mapping[str, Any]) -> str:
 def _chosen_on_its_test(recipe: Mapping[str, Any], split: str, evaluation: Mapping[str, Any]) -> bool:
     """Whether the figures are from the images by which the epoch was chosen."""
     data = recipe["data"]
-    chosen_on = data["train_split"] if data["holdout"] else data["eval_split"]
+    chosen_on = data["train_split"] if data["holdout"] else data["eval_split"] or split
     return (
         evaluation.get("weights", "last").startswith("best")
-        and split == chosen_on
+        and same_split(split, chosen_on)
         and evaluation.get("held_out", 0) == data["holdout"]
     )
 
@@ -369,7 +370,7 @@ def _chosen_on_its_test(recipe: Mapping[str, Any], split: str, evaluation: Mappi
 def _trained_on_its_test(info: CardInfo) -> bool:
     """Whether the figures are from the images of the training."""
     evaluation = info.metrics["evaluation"]
-    return evaluation["split"] == info.recipe["data"]["train_split"] and not evaluation.get("held_out", 0)
+    return same_split(evaluation["split"], info.recipe["data"]["train_split"]) and not evaluation.get("held_out", 0)
 
 
 def _licence(info: CardInfo) -> str:

@@ -127,7 +127,7 @@ def as_rgb(image: AnImage) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: it is no image; says what came and what to give.
     """
-    from .data.image_source import UnreadableImageError, decode_rgb
+    from .data.pixels import UnreadableImageError, as_seen, decode_rgb
 
     if isinstance(image, (str, os.PathLike)):
         try:
@@ -135,7 +135,7 @@ def as_rgb(image: AnImage) -> Image.Image:
         except UnreadableImageError as error:
             raise ValueError(f"cannot read {os.fspath(image)}: {error}") from error
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return as_seen(image)
     if isinstance(image, Tensor):
         return Image.fromarray(_pixels_of(image))
     if isinstance(image, np.ndarray):

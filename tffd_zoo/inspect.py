@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import tyro
-from PIL import Image
 from timm.data import create_transform
 from timm.data.model_config import resolve_input_data_config
 from timm.models import parse_model_name
 from torch import Tensor
 
+from .classifier import as_rgb
 from .cli import run_cli
 from .data import ImageSource, ImageSpec, eval_loader, open_source
 from .known_data import portable_source
@@ -322,7 +322,7 @@ def look_inside(config: InspectConfig) -> Look:
         check_model_name(name)
     source = _open_images(config.data, config) if config.data is not None else None
     if config.image is not None:
-        picture = Image.open(config.image).convert("RGB")
+        picture = as_rgb(config.image)
     elif source is not None:
         picture = source.decode(0)
     else:

@@ -36,6 +36,10 @@ OPERATIONAL = (
 )  # fmt: skip
 
 
+# Fields that the data settle when they are None: data.json says how.
+SETTLED_BY_DATA = ("data.eval_split",)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Images and how they are fed."""
@@ -44,15 +48,15 @@ class DataConfig:
     """A Hub data set id, a folder of parquet files, an image folder, or 'digits' (ships with scikit-learn)."""
     train_split: str = "train"
     """Split to train on."""
-    eval_split: str = "test"
-    """Split to evaluate on after every epoch."""
+    eval_split: str | None = None
+    """Split to evaluate on after every epoch; validation, or else test, when not given."""
     holdout: int = 0
     """Hold so many training images out, evenly over the classes, and evaluate on them in place of the evaluation split:
     for choosing settings."""
     image_column: str | None = None
-    """Column of the images; found by its type when not given."""
+    """Column of the images; found by its name or type when not given."""
     label_column: str | None = None
-    """Column of the labels; found by its type when not given."""
+    """Column of the labels; found by its name or type when not given."""
     revision: str | None = None
     """Revision of a Hub data set."""
     streaming: bool = False
@@ -215,6 +219,8 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
         name, a, b = f"{prefix}{key}", mine.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{name}.")
+        elif name in SETTLED_BY_DATA and (a is None or b is None):
+            continue
         elif (a != b if key in mine and key in theirs else a or b) and name not in OPERATIONAL:
             found.append(f"{name}: {b} there, {a} here")
     return found

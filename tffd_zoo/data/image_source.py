@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
+import os
+import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .pixels import UnreadableImageError, decode_rgb
 from .workers import WorkerPool, default_workers
 
 if TYPE_CHECKING:
@@ -24,72 +27,93 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class UnreadableImageError(ValueError):
-    """An image whose bytes do not decode. Its message names the image and what to do."""
-
-
-def decode_rgb(encoded: bytes) -> Image.Image:
-    """Return the image that `encoded` (PNG, JPEG, ...) holds, in RGB.
-
-    Raises:
-        UnreadableImageError: it is missing, truncated or no image; the message is the bare reason.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UnreadableImageError(reason) from error
-
-
 class EncodedImages(Protocol):
     """Encoded images of one split, by row."""
 
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> bytes:
-        """Return the encoded image of a row."""
+        """Return the encoded image of a row, b"" where there is none.
+
+        Raises:
+            OSError, ValueError: it cannot be read.
+        """
 
     def where(self, row: int) -> str:
         """Name a row so that a person can find the image."""
 
+    def outline(self) -> bytes:
+        """What tells these images from others, short of reading them: names and sizes, where they lie left out."""
+
 
 @dataclass(frozen=True)
 class ImageFiles:
+    """Images in files of their own."""
+
+    folder: str
     paths: Sequence[str]
+    """In `folder`."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, row: int) -> bytes:
-        return Path(self.paths[row]).read_bytes()
+        return read_file(self.where(row))
 
     def where(self, row: int) -> str:
-        return self.paths[row]
+        return os.path.join(self.folder, self.paths[row])
+
+    def outline(self) -> bytes:
+        def size(path: str) -> int:
+            try:
+                return os.stat(os.path.join(self.folder, path)).st_size
+            except OSError:  # a link that leads nowhere: found again when the image is wanted
+                return -1
+
+        return repr([(path, size(path)) for path in self.paths]).encode(errors="surrogateescape")
 
 
 @dataclass(frozen=True)
 class DatasetRows:
+    """Images in a column of a table, or in the files that it names."""
+
     rows: datasets.Dataset
     column: str
     name: str
+    folder: str = ""
+    """Where paths in the table start."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, row: int) -> bytes:
-        image = self.rows[row][self.column]
-        if image is None:
-            return b""
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        image = self.rows[row][self.column] or {"bytes": b"", "path": None}
+        if image["bytes"] is not None:
+            return image["bytes"]
+        return read_file(os.path.join(self.folder, image["path"])) if image["path"] else b""
 
     def where(self, row: int) -> str:
         path = (self.rows[row][self.column] or {}).get("path")
         return f"row {row} of {self.name}" + (f" ({path})" if path else "")
 
+    def outline(self) -> bytes:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        images = self.rows.data.column(self.column)
+        names, sizes = images, images
+        if pa.types.is_struct(images.type):
+            names, sizes = pc.struct_field(images, "path"), pc.struct_field(images, "bytes")
+        elif pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type):
+            names = pa.nulls(len(images), pa.string())
+        named = [os.path.basename(path or "") for path in names.to_pylist()]
+        return repr([*zip(named, pc.binary_length(sizes).to_pylist(), strict=True)]).encode(errors="surrogateescape")
+
 
 @dataclass(frozen=True)
 class InMemory:
+    """Images that are there already."""
+
     images: Sequence[bytes]
     name: str
 
@@ -102,12 +126,22 @@ class InMemory:
     def where(self, row: int) -> str:
         return f"image {row} of {self.name}"
 
+    def outline(self) -> bytes:
+        return repr([len(image) for image in self.images]).encode()
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file. A pipe or a device is refused: it might have to be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no file")
+    return Path(path).read_bytes()
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSource:
     """Images and labels of one split. Subsets share the storage of the source they came from.
 
-    Index `i` counts the images of this source, 0 to ``len(source) - 1``; `rows` maps it to the storage.
+    Position `i` counts the images of this source, 0 to ``len(source) - 1``; `rows` maps it to the storage.
     """
 
     name: str
@@ -123,6 +157,8 @@ class ImageSource:
     label_column: str
     revision: str | None = None
     """Commit of a Hub data set; None for local data."""
+    left_out: tuple[str, ...] = ()
+    """What was found beside the images and is none of them, counted."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,32 +176,57 @@ class ImageSource:
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def where(self, index: int) -> str:
-        """Name image `index` so that a person can find it."""
-        return self.images.where(int(self.rows[index]))
+    @cached_property
+    def outline(self) -> str:
+        """Short hash of the images' names and sizes, which other images rarely share, wherever they lie."""
+        return hashlib.sha256(self.images.outline()).hexdigest()[:16]
 
-    def image_bytes(self, index: int) -> bytes:
-        """Return image `index` as it is stored, encoded (PNG, JPEG, ...)."""
-        return self.images.read(int(self.rows[index]))
+    @property
+    def classes_without_images(self) -> list[str]:
+        images = torch.bincount(self.labels, minlength=self.num_classes)
+        return [name for name, n in zip(self.label_names, images.tolist(), strict=True) if not n]
 
-    def decode(self, index: int) -> Image.Image:
-        """Return image `index` decoded, in RGB.
+    def describe(self) -> str:
+        """Say in one line how many images of how many classes these are, which have none, and what was left out."""
+        missing, left_out = self.classes_without_images, ", ".join(self.left_out)
+        return (
+            f"{len(self):,} images of {self.num_classes} classes{f' (none of {some_of(missing)})' if missing else ''} "
+            f"from {self.name} ({self.split}{f'; left out: {left_out}' if left_out else ''})"
+        )
+
+    def where(self, position: int) -> str:
+        """Name image `position` so that a person can find it."""
+        return self.images.where(int(self.rows[position]))
+
+    def image_bytes(self, position: int) -> bytes:
+        """Return image `position` as it is stored, encoded (PNG, JPEG, ...)."""
+        return self.images.read(int(self.rows[position]))
+
+    def decode(self, position: int) -> Image.Image:
+        """Return image `position` as :func:`.decode_rgb` does.
 
         Raises:
-            UnreadableImageError: the bytes are missing, truncated or no image.
+            UnreadableImageError: it cannot be opened, or the bytes are truncated or no image.
         """
         try:
-            return decode_rgb(self.image_bytes(index))
-        except UnreadableImageError as error:
+            return decode_rgb(self.image_bytes(position))
+        except (OSError, ValueError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or error
             raise UnreadableImageError(
-                f"cannot read {self.where(index)}: {error}; replace or remove it, or skip such images with "
+                f"cannot read {self.where(position)}: {reason}; replace or remove it, or skip such images with "
                 "--skip-unreadable"
             ) from error
 
-    def subset(self, indices: Tensor | Sequence[int]) -> ImageSource:
-        """Return the images at `indices`, in that order, on the same storage."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
-        return replace(self, rows=self.rows[indices], labels=self.labels[indices])
+    def subset(self, positions: Tensor | Sequence[int]) -> ImageSource:
+        """Return the images at `positions`, in that order, on the same storage."""
+        positions = torch.as_tensor(positions, dtype=torch.int64)
+        return replace(self, rows=self.rows[positions], labels=self.labels[positions])
+
+    def with_classes(self, label_names: Sequence[str]) -> ImageSource:
+        """Return the same images, their classes numbered by their place in `label_names`, which has them all."""
+        place = {name: number for number, name in enumerate(label_names)}
+        numbers = torch.tensor([place[name] for name in self.label_names], dtype=torch.int64)
+        return replace(self, labels=numbers[self.labels], label_names=tuple(label_names))
 
 
 def holdout(source: ImageSource, n: int, seed: int = 0) -> tuple[ImageSource, ImageSource]:
@@ -192,8 +253,24 @@ def holdout(source: ImageSource, n: int, seed: int = 0) -> tuple[ImageSource, Im
     )
 
 
-def no_such_split(data: str, split: str, existing: Iterable[str]) -> ValueError:
-    return ValueError(f"{data} has no split {split}; it has {', '.join(existing)}")
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """Sorts 2 before 10."""
+    parts = re.split(r"([0-9]+)", name.lower())
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
+
+
+def class_order(names: Iterable[str]) -> list[str]:
+    """The classes of these names in the order of their numbers: a natural one, in which timm numbers class folders.
+
+    So timm's own commands, on the same folder, mean the same classes by the same numbers.
+    """
+    return sorted(set(names), key=natural_order)
+
+
+def some_of(names: Sequence[str], most: int = 8) -> str:
+    """Names in a row, or the first of them and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def without_unreadable(source: ImageSource) -> ImageSource:
@@ -209,16 +286,17 @@ def without_unreadable(source: ImageSource) -> ImageSource:
         _logger.warning(
             "skipped %d unreadable images of %d in %s (%s)", skipped, len(source), source.name, source.split
         )
+        source = replace(source, left_out=(*source.left_out, f"{skipped:,} unreadable (--skip-unreadable)"))
     return source.subset(kept)
 
 
-def _readable(source: ImageSource, indices: Tensor) -> list[int]:
+def _readable(source: ImageSource, positions: Tensor) -> list[int]:
     readable = []
-    for index in indices.tolist():
+    for position in positions.tolist():
         try:
-            source.decode(index)
+            source.decode(position)
         except UnreadableImageError as error:
             _logger.info("%s", error)
         else:
-            readable.append(index)
+            readable.append(position)
     return readable

@@ -81,7 +81,7 @@ class Batch(NamedTuple):
     """(B, C, H, W) float32, normalised."""
     targets: Tensor
     """(B,) int64."""
-    indices: Tensor
+    positions: Tensor
     """(B,) int64: which images of the source these are."""
     weight: float
     """B * world_size / (images in the global batch). A rank's mean loss times this, averaged over the ranks, is the
@@ -92,7 +92,7 @@ class _Request(NamedTuple):
     """What a worker needs to make a batch."""
 
     epoch: int
-    indices: Tensor
+    positions: Tensor
     weight: float
     rows: StreamedRows | None = None
     """The images themselves, where they are streamed."""
@@ -128,7 +128,7 @@ class Loader:
     @property
     def smallest_batch(self) -> int:
         """Images in the smallest batch of this process."""
-        return min(len(request.indices) for request in self._requests(0))
+        return min(len(request.positions) for request in self._requests(0))
 
     def describe(self) -> str:
         """Say in one line where the images come from and how they are batched."""
@@ -174,22 +174,22 @@ class _BatchMaker:
         self._choices: tuple[int, CropsAndFlips] | None = None
 
     def __call__(self, request: _Request) -> Batch:
-        epoch, indices, weight, rows = request
-        stored = self._stored(indices) if rows is None else rows
+        epoch, positions, weight, rows = request
+        stored = self._stored(positions) if rows is None else rows
         if self.decoded is not None:
-            images = self.decoded[indices]
+            images = self.decoded[positions]
         else:
             images = torch.stack(
-                [self._transform(epoch, index, stored.decode(i)) for i, index in enumerate(indices.tolist())]
+                [self._transform(epoch, position, stored.decode(i)) for i, position in enumerate(positions.tolist())]
             )
         if self.moves_pixels:
-            choices = CropsAndFlips(*(choice[indices] for choice in self._crops_and_flips(epoch)))
+            choices = CropsAndFlips(*(choice[positions] for choice in self._crops_and_flips(epoch)))
             images = pad_crop_flip(images, choices, self.padding, self.augment.padding_mode)
-        return Batch(self.normalize(images), stored.labels, indices, weight)
+        return Batch(self.normalize(images), stored.labels, positions, weight)
 
-    def _stored(self, indices: Tensor) -> ImageSource:
+    def _stored(self, positions: Tensor) -> ImageSource:
         assert isinstance(self.source, ImageSource)
-        return self.source.subset(indices)
+        return self.source.subset(positions)
 
     def _crops_and_flips(self, epoch: int) -> CropsAndFlips:
         if self._choices is None or self._choices[0] != epoch:
@@ -201,11 +201,11 @@ class _BatchMaker:
             self._choices = epoch, choices
         return self._choices[1]
 
-    def _transform(self, epoch: int, index: int, image: Image.Image) -> Tensor:
+    def _transform(self, epoch: int, position: int, image: Image.Image) -> Tensor:
         if self.augment.crop != "resized":
             return self.transform(image)
         # timm's transforms draw from the global streams of `random` and torch: seed both, and give them back
-        seed = seeded_generator(self.seed, PIXELS, epoch, index).initial_seed()
+        seed = seeded_generator(self.seed, PIXELS, epoch, position).initial_seed()
         state = random.getstate()
         with torch.random.fork_rng(devices=[]):
             random.seed(seed)
@@ -237,7 +237,7 @@ def train_loader(
             :mod:`.streaming` describes.
         spec: what the model wants.
         batch_size: images per process and batch.
-        seed: with the epoch, gives the order and, with the index, the augmentation; 0 or more.
+        seed: with the epoch, gives the order and, with the position, the augmentation; 0 or more.
         rank: this process.
         world_size: how many processes share the epoch.
         augment: what is done to the images; see :data:`AUGMENTS`.
@@ -311,7 +311,7 @@ def train_loader(
 
     def fetch(requests: list[_Request]) -> Generator[_Request, None, None]:
         assert isinstance(source, StreamedSource)
-        batches = source.read([request.indices for request in requests], images_per_global_batch)
+        batches = source.read([request.positions for request in requests], images_per_global_batch)
         for request, rows in zip(requests, batches, strict=True):
             yield request._replace(rows=rows)
 
@@ -350,7 +350,7 @@ def eval_loader(
         normalize=False,
     )
     share = torch.arange(len(source)).tensor_split(world_size)[rank]
-    batches = [_Request(0, indices, 1.0) for indices in share.split(batch_size) if len(indices)]
+    batches = [_Request(0, positions, 1.0) for positions in share.split(batch_size) if len(positions)]
     decoded, workers = _decode(source, spec, transform, in_memory, workers, world_size, memory_format)
     make_batch = _BatchMaker(source, spec, transform, AUGMENTS["none"], 0, decoded, memory_format)
     description = _describe(source, decoded, workers, batch_size, world_size, dropped=0)
@@ -368,12 +368,12 @@ class _Partners:
         self.place = torch.empty_like(self.by_class)  # of an image within its class
         self.place[self.by_class] = torch.arange(len(source)) - self.starts[source.labels[self.by_class]]
 
-    def draw(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        labels = self.labels[indices]
+    def draw(self, positions: Tensor, generator: torch.Generator) -> Tensor:
+        labels = self.labels[positions]
         sizes = self.sizes[labels]
         # a step of 1 to size - 1 around the circle of the class reaches every other image alike; 0 in a class of one
-        steps = (torch.rand(len(indices), generator=generator, dtype=torch.float64) * (sizes - 1)).long() + 1
-        return self.by_class[self.starts[labels] + (self.place[indices] + steps) % sizes]
+        steps = (torch.rand(len(positions), generator=generator, dtype=torch.float64) * (sizes - 1)).long() + 1
+        return self.by_class[self.starts[labels] + (self.place[positions] + steps) % sizes]
 
 
 def _check(source: TrainSource, spec: ImageSpec, batch_size: int, rank: int, world_size: int) -> None:
@@ -423,6 +423,7 @@ def _describe(
         storage = f"in memory ({decoded.numel() / 2**20:.0f} MiB)"
     else:
         storage = f"decoded by {workers} workers" if workers else "decoded as they are needed"
-    text = f"{len(source):,} images of {source.num_classes} classes from {source.name} ({source.split}), {storage}"
-    text += f", batches of {batch_size}" + (f" on each of {world_size} processes" if world_size > 1 else "")
+    text = f"{source.describe()}, {storage}, batches of {batch_size}"
+    if world_size > 1:
+        text += f" on each of {world_size} processes"
     return text + (f" without the last {dropped} images of each epoch" if dropped else "")

@@ -153,6 +153,6 @@ def decode_all(
     return images
 
 
-def decode_chunk(source: ImageSource, transform: Callable[[Image.Image], Tensor], indices: Tensor) -> Tensor:
-    """Decode the images at `indices` and stack them: (B, C, H, W) uint8."""
-    return torch.stack([transform(source.decode(index)) for index in indices.tolist()])
+def decode_chunk(source: ImageSource, transform: Callable[[Image.Image], Tensor], positions: Tensor) -> Tensor:
+    """Decode the images at `positions` and stack them: (B, C, H, W) uint8."""
+    return torch.stack([transform(source.decode(position)) for position in positions.tolist()])

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import zip_longest
@@ -104,7 +104,7 @@ class _Held:
 class StreamedSource:
     """The images of one split, unknown but for their number until they are read; see the module's docstring.
 
-    Index `i` counts them over files and rows: the same images as those of :func:`.open_source`.
+    Position `i` counts them over files and rows: the same images as those of :func:`.open_source`.
     """
 
     name: str
@@ -138,36 +138,45 @@ class StreamedSource:
 
     @cached_property
     def _starts(self) -> Tensor:
-        """Index of the first image of every row group."""
+        """Position of the first image of every row group."""
         return self._sizes.cumsum(0) - self._sizes
 
     def _where(self, group: int, row: int) -> str:
         """Name an image so that a person can find it."""
         return f"row {self.groups[group].first_row + row} of {self.files[self.groups[group].file]}"
 
+    def describe(self) -> str:
+        """Say in one line how many images of how many classes these are."""
+        return f"{len(self):,} images of {self.num_classes} classes from {self.name} ({self.split})"
+
+    def with_classes(self, label_names: Sequence[str]) -> StreamedSource:
+        """Return the same images with classes behind those that they have."""
+        assert tuple(label_names[: self.num_classes]) == self.label_names
+        return replace(self, label_names=tuple(label_names))
+
     def describe_order(self, global_batch: int) -> str:
         """Say in a few words how an epoch is shuffled."""
         return f"streamed in shuffled row groups ({len(self.groups):,}), through a buffer of {_buffer(global_batch):,}"
 
     def order(self, generator: torch.Generator, global_batch: int) -> Tensor:
-        """Return the indices of an epoch in their order, for global batches of so many images."""
+        """Return the positions of an epoch in their order, for global batches of so many images."""
         groups = torch.randperm(len(self.groups), generator=generator)
         sizes = self._sizes[groups]
         shift = self._starts[groups] - (sizes.cumsum(0) - sizes)
-        indices = torch.arange(len(self)) + shift.repeat_interleave(sizes)
+        positions = torch.arange(len(self)) + shift.repeat_interleave(sizes)
 
         lanes = 1 << (max(1, global_batch // IMAGES_PER_LANE).bit_length() - 1)
         batches, rest = divmod(len(self), global_batch)
         per_batch, in_last = ([len(p) for p in torch.arange(n).tensor_split(lanes)] for n in (global_batch, rest))
         lengths = [batches * each + last for each, last in zip(per_batch, in_last, strict=True)]
         chunks = []
-        for lane, each in zip(indices.split(lengths), per_batch, strict=True):
+        for lane, each in zip(positions.split(lengths), per_batch, strict=True):
             delay = torch.rand(len(lane), generator=generator, dtype=torch.float64) * _buffer(global_batch) / lanes
             chunks.append(lane[(torch.arange(len(lane)) + delay).argsort(stable=True)].split(each))
         return torch.cat([chunk for batch in zip_longest(*chunks) for chunk in batch if chunk is not None])
 
     def read(self, shares: Sequence[Tensor], global_batch: int) -> Iterator[StreamedRows]:
-        """Yield the images at the indices of each share in turn; threads fetch the row groups ahead.
+        """Yield the images at the positions of each share in turn; threads fetch the row groups ahead.
 
         Raises:
             ValueError: a row group cannot be read, or has a label outside the classes.
@@ -196,8 +205,8 @@ class StreamedSource:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _groups_of(self, indices: Tensor) -> Tensor:
-        return torch.searchsorted(self._starts, indices, right=True) - 1
+    def _groups_of(self, positions: Tensor) -> Tensor:
+        return torch.searchsorted(self._starts, positions, right=True) - 1
 
     def _take(self, share: Tensor, held: dict[int, _Held]) -> StreamedRows:
         of_group = self._groups_of(share)
@@ -252,12 +261,12 @@ def open_streamed(
     """
     import datasets
 
-    features, files, revision = locate_parquet(data, split, revision)
+    features, split, files, revision = locate_parquet(data, split, revision)
     footer = _read_footer(files[0])
     features = features or datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
     image_column = find_image_column(features, image_column, data)
     label_column = find_label_column(features, label_column, data)
-    if features[image_column] == datasets.Value("string"):
+    if isinstance(features[image_column], datasets.Value) and "string" in features[image_column].dtype:
         raise ValueError(f"column {image_column} of {data} holds paths, and --streaming needs images; leave it out")
 
     with ThreadPoolExecutor(4 * READERS) as pool:  # of each footer only a few numbers are kept
@@ -271,6 +280,11 @@ def open_streamed(
     feature = features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         label_names = tuple(feature.names)
+    elif "int" not in feature.dtype:
+        raise ValueError(
+            f"column {label_column} of {data} names its classes in each row, and --streaming must know them before: "
+            "make it a ClassLabel, or leave --streaming out"
+        )
     elif None in largest_labels:
         raise ValueError(
             f"the files of {data} don't tell how many classes column {label_column} has: make it a ClassLabel, write "

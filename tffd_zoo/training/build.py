@@ -17,9 +17,11 @@ from timm.loss import create_classification_loss
 from torch import nn
 
 from ..data import (
+    EVAL_SPLITS,
     ImageSource,
     ImageSpec,
     Loader,
+    NoSuchSplit,
     StreamedSource,
     TrainSource,
     eval_loader,
@@ -28,6 +30,7 @@ from ..data import (
     open_streamed,
     train_loader,
 )
+from ..data.image_source import some_of
 from ..data.memory import AUGMENTS
 from ..loading import check_labels, check_model_name, load_model
 from ..recipe import DataConfig, Recipe
@@ -53,8 +56,10 @@ def check_trackers(names: Sequence[str], accelerator: Accelerator) -> None:
 def open_sources(config: DataConfig) -> tuple[TrainSource, ImageSource]:
     """The images to train on and those to evaluate on.
 
+    Both number the classes alike: those of training first, as training has them, then those that it has no image of.
+
     Raises:
-        ValueError: the two don't have the same classes, or streaming is asked for with what needs every image first.
+        ValueError: the two share no class, or streaming is asked for with what needs every image first.
     """
     columns: dict[str, Any] = {
         "image_column": config.image_column,
@@ -62,7 +67,7 @@ def open_sources(config: DataConfig) -> tuple[TrainSource, ImageSource]:
         "revision": config.revision,
     }
 
-    def source(split: str) -> ImageSource:
+    def source(split: str | Sequence[str]) -> ImageSource:
         return open_source(config.source, split, skip_unreadable=config.skip_unreadable, **columns)
 
     train_source: TrainSource
@@ -76,17 +81,29 @@ def open_sources(config: DataConfig) -> tuple[TrainSource, ImageSource]:
         train_source = open_streamed(config.source, config.train_split, **columns)
     else:
         train_source = source(config.train_split)
+    if train_source.num_classes < 2:
+        raise ValueError(
+            f"{train_source.describe()}: one class ({train_source.label_names[0]}) leaves nothing to tell apart; give "
+            "--data a folder whose subfolders are the classes, or hold those"
+        )
     if config.holdout:
         assert isinstance(train_source, ImageSource)
         # One split for all seeds of a study: what is compared is judged on the same images.
         return holdout(train_source, config.holdout)
-    eval_source = source(config.eval_split)
-    if train_source.label_names != eval_source.label_names:
+    try:
+        eval_source = source(config.eval_split or EVAL_SPLITS)
+    except NoSuchSplit as error:
         raise ValueError(
-            f"the classes of split '{config.train_split}' ({train_source.num_classes}) and split "
-            f"'{config.eval_split}' ({eval_source.num_classes}) differ; choose splits of one data set"
+            f"{error}; name the split to evaluate on with --eval-split, or hold training images out with --holdout N"
+        ) from error
+    names, theirs = train_source.label_names, eval_source.label_names
+    if not set(names) & set(theirs):
+        raise ValueError(
+            f"splits {train_source.split} and {eval_source.split} of {config.source} share no class ({some_of(names)}; "
+            f"{some_of(theirs)}); name a labelled split with --eval-split, or hold training images out with --holdout N"
         )
-    return train_source, eval_source
+    names += tuple(name for name in theirs if name not in names)
+    return train_source.with_classes(names), eval_source.with_classes(names)
 
 
 def memory_format(recipe: Recipe, accelerator: Accelerator) -> torch.memory_format:

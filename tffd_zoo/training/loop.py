@@ -138,6 +138,7 @@ def train(recipe: Recipe) -> Path:
     scheduler.step_update(progress.step)
     accelerator.print(
         f"{recipe.model}, {recipe.name}: {train_batches.describe()}\n"
+        f"evaluated on {eval_source.describe()}\n"
         f"{optim.epochs} epochs of {steps_per_epoch} steps on {accelerator.num_processes} process(es) of {threads} "
         f"thread(s), global batch "
         f"{optim.batch_size * accelerator.num_processes * optim.accumulate}\n"
@@ -159,7 +160,7 @@ def train(recipe: Recipe) -> Path:
                     if mixup is not None:
                         images, targets = mixup(images, targets)
                     with nullcontext() if last else accelerator.no_sync(prepared):
-                        terms = prepared(images, targets, batch.indices)
+                        terms = prepared(images, targets, batch.positions)
                         accelerator.backward(terms["loss"] * share)
                     sums.add(terms, len(images), progress.step + 1)
                 if optim.clip_grad:
@@ -264,7 +265,7 @@ def _choose_lambdas(
     def first_batches() -> Generator[tuple[torch.Tensor, ...], None, None]:
         for batch in batches.epoch(0):
             images, targets = batch.images.to(accelerator.device), batch.targets.to(accelerator.device)
-            yield (*(mixup(images, targets) if mixup is not None else (images, targets)), batch.indices)
+            yield (*(mixup(images, targets) if mixup is not None else (images, targets)), batch.positions)
 
     drawn = np.random.get_state()  # mixup draws from it
     with accelerator.autocast(), closing(first_batches()) as steps:
