@@ -1,6 +1,7 @@
 """Evaluate image classifiers on a split of any labelled images.
 
     python -m tffd_zoo.eval tffd_resnet20 tffd_resnet20.ce_c100 --data uoft-cs/cifar100
+    python -m tffd_zoo.eval tffd_resnet20 --against tffd_resnet20.ce_c100 --data uoft-cs/cifar100 --suite standard
 
 Several processes share the images and give the same counts: start it with `accelerate launch -m` or `torchrun -m`.
 """
@@ -11,7 +12,7 @@ import atexit
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +21,16 @@ import tyro
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from timm.data.model_config import resolve_input_data_config
+from torch import nn
 
 from .allocator import keep_freed_memory
 from .atomic import replacing_file
 from .cli import run_cli
-from .data import ImageSpec, Loader, eval_loader, open_source
+from .data import ImageSource, ImageSpec, Loader, eval_loader, open_source
 from .evaluation import evaluate, evaluation_record
 from .loading import check_labels, check_model_name, load_model
 from .markdown import markdown_table
+from .suite import Subject, SuiteConfig, run_suite
 from .threads import use_threads
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,6 +72,8 @@ class EvalConfig:
     """Write the figures and all that they depend on to this file, as JSON."""
     csv: Path | None = None
     """Write them to this file, as CSV."""
+    more: tyro.conf.OmitArgPrefixes[SuiteConfig] = field(default_factory=SuiteConfig)
+    """Calibration, corruptions, unknown images, transfer and more, beside or in place of the figures above."""
 
 
 def main(config: EvalConfig) -> None:
@@ -94,16 +99,15 @@ def main(config: EvalConfig) -> None:
             revision=config.revision,
             skip_unreadable=config.skip_unreadable,
         )
+    if config.more.suite is not None:
+        _run_suite(config, source, state, device)
+        return
 
     loaders: dict[ImageSpec, Loader] = {}
     records: list[dict[str, Any]] = []
     try:
         for name in config.models:
-            with state.main_process_first():
-                model = load_model(name)
-            check_labels(name, model, source)
-            model = model.to(device).to(memory_format=torch.channels_last)
-            spec = ImageSpec(**resolve_input_data_config(model, use_test_size=True))
+            model, spec = _load(name, source, state, device)
             if spec not in loaders:
                 loaders[spec] = eval_loader(
                     source,
@@ -134,6 +138,44 @@ def main(config: EvalConfig) -> None:
         if state.is_main_process and records:
             print(table(records))
             write_records(records, config.json, config.csv)
+
+
+def _load(name: str, source: ImageSource, state: PartialState, device: torch.device) -> tuple[nn.Module, ImageSpec]:
+    """The model on its device, its classes checked, and how it wants its images."""
+    with state.main_process_first():
+        model = load_model(name)
+    check_labels(name, model, source)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    return model, ImageSpec(**resolve_input_data_config(model, use_test_size=True))
+
+
+def _run_suite(config: EvalConfig, source: ImageSource, state: PartialState, device: torch.device) -> None:
+    def open_labels(split: str, label_column: str | None) -> ImageSource:
+        with state.main_process_first():
+            return open_source(
+                config.data,
+                split,
+                image_column=config.image_column,
+                label_column=label_column or config.label_column,
+                revision=config.revision,
+                skip_unreadable=config.skip_unreadable,
+            )
+
+    def make_subject(name: str) -> Subject:
+        model, spec = _load(name, source, state, device)
+        return Subject(
+            name,
+            model,
+            spec,
+            device,
+            config.batch_size,
+            PRECISIONS[config.precision],
+            config.workers,
+            state.process_index,
+            state.num_processes,
+        )
+
+    run_suite(config.more, config.models, source, open_labels, make_subject)
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

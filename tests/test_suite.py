@@ -1,0 +1,504 @@
+"""The suite's parts: figures by hand and by other libraries; a run that resumes, pairs and survives failures."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from tffd_zoo.data import ImageSource, ImageSpec, open_source
+from tffd_zoo.suite import calibration, corrupted, duplicates, ood, run, shifts, transfer
+from tffd_zoo.suite.classes import class_indices
+from tffd_zoo.suite.corruptions import KINDS
+from tffd_zoo.suite.cost import activations, peak_memory
+from tffd_zoo.suite.measurement import Measurement, Part, percent
+from tffd_zoo.suite.pairs import differences, mcnemar, mean_over_pairs
+from tffd_zoo.suite.setting import SuiteConfig, parse_named
+from tffd_zoo.suite.subject import Predictions, Subject
+
+pytest.importorskip("cv2")  # the extra `suite`
+pytest.importorskip("pytorch_ood")
+torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def random_probabilities(rng: np.random.Generator, images: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    probabilities = calibration.softmax(2 * rng.standard_normal((images, classes)).astype(np.float32))
+    return probabilities, rng.integers(0, classes, images)
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_error_by_hand_and_by_torchmetrics(rng: np.random.Generator) -> None:
+    confidence = np.array([0.9, 0.9, 0.7])
+    assert calibration.calibration_error(confidence, np.array([True, False, True])) == pytest.approx(
+        100 * (2 * abs(1 / 2 - 0.9) + abs(1 - 0.7)) / 3
+    )
+    probabilities, targets = random_probabilities(rng, 400, 10)
+    ours = calibration.calibration_error(probabilities.max(1), probabilities.argmax(1) == targets)
+    theirs = torchmetrics.multiclass_calibration_error(
+        torch.from_numpy(probabilities), torch.from_numpy(targets), num_classes=10, n_bins=15, norm="l1"
+    )
+    assert ours == pytest.approx(100 * theirs.item(), rel=1e-4)
+
+
+def test_adaptive_error_by_hand() -> None:
+    confidence = np.array([0.95, 0.5, 0.6, 0.9])
+    hit = np.array([False, True, True, True])
+    # two bins of two images: 0.5 and 0.6, both right; 0.9 and 0.95, one of them right
+    expected = 100 * (abs(2 - 1.1) + abs(1 - 1.85)) / 4
+    assert calibration.adaptive_error(confidence, hit, bins=2) == pytest.approx(expected)
+
+
+def test_classwise_error_is_the_mean_over_classes_of_torchmetrics_binary_one(rng: np.random.Generator) -> None:
+    probabilities, targets = random_probabilities(rng, 300, 4)
+    theirs = [
+        torchmetrics.binary_calibration_error(
+            torch.from_numpy(probabilities[:, label]), torch.from_numpy((targets == label).astype(int)), n_bins=15
+        ).item()
+        for label in range(4)
+    ]
+    assert calibration.classwise_error(probabilities, targets) == pytest.approx(100 * np.mean(theirs), rel=1e-4)
+
+
+def test_brier_by_hand() -> None:
+    probabilities = np.array([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]])
+    expected = ((0.25 + 0.09 + 0.64) + (0.81 + 0.64 + 0.01)) / 2
+    assert calibration.brier(probabilities, np.array([2, 0])) == pytest.approx(expected)
+
+
+def test_the_temperature_undoes_a_known_overconfidence(rng: np.random.Generator) -> None:
+    logits = 2 * rng.standard_normal((20_000, 5))
+    chances = calibration.softmax(logits.astype(np.float32))
+    targets = (chances.cumsum(1) > rng.random((20_000, 1))).argmax(1)
+    assert calibration.fit_temperature(logits, targets) == pytest.approx(1, abs=0.03)
+    assert calibration.fit_temperature(3 * logits, targets) == pytest.approx(3, abs=0.09)
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------------
+
+
+def test_mcnemar_by_hand() -> None:
+    ours = np.array([True] * 1 + [False] * 5 + [True] * 10)
+    theirs = np.array([False] * 1 + [True] * 5 + [True] * 10)
+    assert mcnemar(ours, theirs) == pytest.approx(2 * (1 + 6) / 2**6)  # at most 1 of 6 on one side
+    assert mcnemar(ours, ours) == 1
+
+
+def mean_of(name: str) -> Part:
+    return Part("mean", lambda subject, setting: Measurement(), lambda samples: {name: percent(samples["test"][name])})
+
+
+def test_the_interval_of_a_difference_is_that_of_paired_images(rng: np.random.Generator) -> None:
+    ours = rng.random(2000) < 0.6
+    theirs = ours ^ (rng.random(2000) < 0.1)
+    pair = [Measurement({"test": {"top1": values}}) for values in (ours, theirs)]
+    (found,) = differences(mean_of("top1"), *pair, resamples=2000, seed=0)
+    apart = 100 * (ours.astype(float) - theirs)
+    half = 1.96 * apart.std() / 2000**0.5
+    assert found.difference == pytest.approx(apart.mean())
+    assert (found.low, found.high) == pytest.approx((apart.mean() - half, apart.mean() + half), abs=0.15)
+    assert found.mcnemar_p == mcnemar(ours, theirs)
+
+
+def test_models_measured_on_other_images_are_not_paired() -> None:
+    pair = [Measurement({"test": {"top1": np.ones(n, bool)}}) for n in (5, 6)]
+    assert differences(mean_of("top1"), *pair, resamples=10, seed=0) == []
+
+
+def test_over_several_pairs_the_interval_is_students() -> None:
+    mean, low, high = mean_over_pairs([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+
+
+def test_models_pair_with_their_plain_twins_or_as_told() -> None:
+    models = ["tffd_resnet20.c100", "tffd_resnet20.kd_c100", "tffd_resnet20.ce_c100", "tffd_resnet18.c100"]
+    twin = models[2]
+    assert run.pair_up(models, ()) == [(models[0], twin), (models[1], twin)]
+    assert run.pair_up(models, [twin]) == [(models[0], twin), (models[1], twin), (models[3], twin)]
+    with pytest.raises(ValueError, match="names 2 models for 4"):
+        run.pair_up(models, models[:2])
+
+
+# -- unknown images ----------------------------------------------------------------------------------------------------
+
+
+def test_auroc_and_fpr95_by_hand() -> None:
+    known = np.arange(20, dtype=np.float32)  # the threshold that lets 19 of 20 pass is 18
+    unknown = np.array([18, 18.5, 30, 40], dtype=np.float32)
+    auroc, fpr95 = ood.separation(known, unknown)
+    wins = (18 + 0.5) + 19 + 20 + 20
+    assert auroc == pytest.approx(100 * wins / 80)
+    assert fpr95 == pytest.approx(25)
+
+
+def test_auroc_agrees_with_scikit_learn(rng: np.random.Generator) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    known, unknown = rng.standard_normal(300), 0.7 + rng.standard_normal(200)
+    expected = roc_auc_score([0] * 300 + [1] * 200, np.concatenate([known, unknown]))
+    assert ood.separation(known, unknown)[0] == pytest.approx(100 * expected)
+
+
+# -- duplicates --------------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_found_mirrored_and_brightened_and_others_are_not(rng: np.random.Generator) -> None:
+    train = rng.integers(0, 200, (50, 16, 16, 3)).astype(np.uint8)
+    test = np.concatenate([train[3:4], train[7:8, :, ::-1], train[9:10] + 40, rng.integers(0, 200, (1, 16, 16, 3))])
+    likeness = duplicates.nearest_likeness(test.astype(np.uint8), train)
+    assert likeness[:3] == pytest.approx(1, abs=1e-5)
+    assert likeness[3] < 0.5
+    assert duplicates.nearest_likeness(np.full((1, 16, 16, 3), 9, np.uint8), train) == pytest.approx(0, abs=1e-3)
+
+
+def test_the_published_list_is_read_without_pairs_that_only_look_alike(tmp_path: Path) -> None:
+    path = tmp_path / "duplicates.csv"
+    path.write_text("TestID,TrainID,Distance,Judgment\n1,5,0.0,0\n3,6,0.2,1\n4,7,0.4,2\n")
+    assert duplicates.read_list(path, 6).tolist() == [False, True, False, True, False, False]
+    with pytest.raises(ValueError, match="names test image 3"):
+        duplicates.read_list(path, 3)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no columns TestID"):
+        duplicates.read_list(path, 6)
+
+
+def test_accuracy_without_duplicates_by_hand() -> None:
+    sample = {"top1": np.array([True, True, False, True]), "duplicate": np.array([True, False, False, False])}
+    found = duplicates.figures({"test": sample})
+    assert found["top1"] == 75
+    assert found["top1_without"] == pytest.approx(200 / 3)
+    assert found["top1_on_duplicates"] == 100
+    assert found["duplicate_share"] == 25
+
+
+# -- transfer and shifts -----------------------------------------------------------------------------------------------
+
+
+def test_probes_of_separable_features_are_right_and_of_noise_are_not(rng: np.random.Generator) -> None:
+    def predictions(features: np.ndarray, targets: np.ndarray) -> Predictions:
+        return Predictions(features, features, targets)
+
+    targets = np.arange(90) % 3
+    apart = 10 * np.eye(3)[targets] + 0.1 * rng.standard_normal((90, 3))
+    train, test = predictions(apart, targets), predictions(apart[::-1], targets[::-1])
+    assert all(percent(correct) == 100 for correct in transfer.probe(train, test, seed=0).values())
+    noise = predictions(rng.standard_normal((90, 3)), targets)
+    assert percent(transfer.probe(train, noise, seed=0)["knn"]) < 60
+
+
+def test_few_shots_are_as_many_of_each_class() -> None:
+    targets = np.repeat([0, 1, 5], 20)
+    rows = transfer.few(targets, 4, np.random.default_rng(0))
+    assert np.bincount(targets[rows]).tolist() == [4, 4, 0, 0, 0, 4]
+    assert len(set(rows.tolist())) == 12
+
+
+def test_real_labels_allow_several_classes_and_skip_images_without_any() -> None:
+    logits = np.eye(4)[[0, 1, 2, 3]]
+    assert shifts.real_correct(logits, [[0, 2], [0], [], [3]]).tolist() == [True, False, True]
+
+
+class Colour(nn.Module):
+    """A classifier of red, green and blue images, under as much of timm's contract as the suite needs."""
+
+    num_classes = 3
+
+    def __init__(self, label_names: tuple[str, ...] = ("red", "green", "blue")) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(5.0))
+        self.pretrained_cfg = {"label_names": label_names}
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def forward_head(self, maps: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        pooled = maps.mean((2, 3))
+        return pooled if pre_logits else self.scale * pooled
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+SPEC = ImageSpec((3, 32, 32), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
+
+
+def colour_subject() -> Subject:
+    return Subject("colour", Colour(), SPEC, batch_size=4)
+
+
+def write_folder(folder: Path, colours: dict[str, tuple[int, int, int]], count: int = 2) -> None:
+    for name, colour in colours.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (32, 32), tuple(max(0, value - number) for value in colour)).save(
+                folder / name / f"{number}.png"
+            )
+
+
+RGB = {"1 red": (200, 9, 9), "2 green": (9, 200, 9), "3 blue": (9, 9, 200)}
+
+
+def test_classes_of_another_test_set_are_found_by_name_and_scored_among_themselves(tmp_path: Path) -> None:
+    write_folder(tmp_path / "some", {"Green": (250, 200, 9), "blue": (9, 9, 200)})  # Green is redder than green
+    source = open_source(str(tmp_path / "some"), "train")
+    subject = colour_subject()
+    assert class_indices(subject, source).tolist() == [2, 1]
+    assert corrupted.predict_by_class(subject, source).correct.all()
+    write_folder(tmp_path / "other", {"green": (0, 9, 0), "pink": (9, 0, 9)})
+    with pytest.raises(ValueError, match="no class 'pink'"):
+        class_indices(subject, open_source(str(tmp_path / "other"), "train"))
+
+
+def test_classes_of_imagenet_go_by_wordnet_id_word_and_number(tmp_path: Path) -> None:
+    model = timm.create_model("tffd_resnet20", num_classes=1000)
+    model.pretrained_cfg = {}
+    subject = Subject("imagenet", model, SPEC)
+    for names, expected in (
+        (("n01440764", "n01443537"), [0, 1]),
+        (("tench", "goldfish"), [1, 0]),  # in the natural order of the folders: goldfish, tench
+        (("0", "1"), [0, 1]),
+    ):
+        folder = tmp_path / names[0]
+        write_folder(folder, dict.fromkeys(names, (9, 9, 9)), 1)
+        assert class_indices(subject, open_source(str(folder), "train")).tolist() == expected
+
+
+def test_the_sample_of_imagenet_is_measured_on_made_shifts_and_real_labels(data_root: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=1000).eval()
+    model.pretrained_cfg = {"label_names": None}
+    spec = ImageSpec((3, 64, 64))
+    subject = Subject("imagenet", model, spec, batch_size=64)
+    sample = open_source(str(data_root / "imagenet1k_sample"), "validation")
+    real = tmp_path / "real.json"
+    predicted = subject.predict(sample.subset(range(20))).logits.argmax(1).tolist()
+    real.write_text(json.dumps([[label] for label in predicted] + [[]] * (len(sample) - 20)))
+    for synset in ("n01440764", "n01443537"):
+        place = tmp_path / "c" / "fog" / "3" / synset
+        place.mkdir(parents=True)
+        sample.decode(0).save(place / "a.JPEG")
+    config = SuiteConfig(shifts=(f"real={real}", f"r={tmp_path / 'c' / 'fog' / '3'}", f"a={tmp_path}/none"))
+    setting = run.Setting(config, sample.subset(range(20)), lambda split, column: sample)
+    found = shifts.measure(subject, setting)
+    assert shifts.figures(found.samples)["real_top1"] == 100
+    assert found.facts["r_classes"] == 2
+    assert len(found.problems) == 1
+    assert "none" in found.problems[0]
+    folders = replace(setting, config=SuiteConfig(corruptions=tmp_path / "c"))
+    measured = corrupted.measure(subject, folders)
+    assert list(measured.samples) == ["fog.3"]
+    assert len(measured.problems) == 4  # severities 1, 2, 4 and 5
+
+
+def test_named_data_are_taken_apart() -> None:
+    assert parse_named("a=b/c", ("train", "test")) == ("a", "b/c", ("train", "test"))
+    assert parse_named("a=b/c:x:y", ("train", "test")) == ("a", "b/c", ("x", "y"))
+    with pytest.raises(ValueError, match=r"'plain' is not NAME=DATA\[:train\]\[:test\]"):
+        parse_named("plain", ("train", "test"))
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def test_activations_of_resnet20_by_hand() -> None:
+    stage1, stage2, stage3 = 7 * 16 * 32**2, 7 * 32 * 16**2, 7 * 64 * 8**2  # stem or projection, and six convolutions
+    model = timm.create_model("tffd_resnet20", num_classes=100)
+    assert activations(model, torch.zeros(1, 3, 32, 32)) == stage1 + stage2 + stage3 + 100
+
+
+def test_peak_memory_by_hand() -> None:
+    images = torch.zeros(1, 4, 64, 64)  # 64 KiB; two ReLUs in a row hold two such maps beside them
+    assert peak_memory(nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU()), images) == 3 * 4 * 4 * 64**2
+
+
+# -- corrupted images --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> ImageSource:
+    write_folder(tmp_path / "colours" / "test", RGB)
+    return open_source(str(tmp_path / "colours"), "test")
+
+
+@pytest.fixture
+def made(colours: ImageSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> corrupted.Arrays:
+    use_cache(monkeypatch, tmp_path / "assets")
+    return corrupted.make_arrays(colours, seed=0, frost=None, workers=0)
+
+
+def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def assets(library: str, namespace: str, name: str) -> Path:
+        (folder / namespace / name).mkdir(parents=True, exist_ok=True)
+        return folder / namespace / name
+
+    monkeypatch.setattr(corrupted, "cached_assets_path", assets)
+    monkeypatch.setattr(duplicates, "cached_assets_path", assets)
+
+
+def measure_in(folder: Path, source: ImageSource) -> Measurement:
+    np.save(folder / "labels.npy", np.tile(source.labels.numpy(), 5))
+    setting = run.Setting(SuiteConfig(corruptions=folder), source, lambda split, column: source)
+    return corrupted.measure(colour_subject(), setting)
+
+
+def test_made_arrays_have_the_published_layout_and_are_made_once(
+    made: corrupted.Arrays, colours: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sorted(path.stem for path in made.folder.glob("*.npy")) == sorted(KINDS)
+    assert np.load(made.folder / "fog.npy").shape == (5 * len(colours), 32, 32, 3)
+    monkeypatch.setattr(corrupted, "corrupt", lambda *_: pytest.fail("made again"))
+    assert corrupted.make_arrays(colours, seed=0, frost=None, workers=0).folder == made.folder
+
+
+def test_a_subset_of_the_images_is_corrupted_as_the_whole_is(made: corrupted.Arrays, colours: ImageSource) -> None:
+    part = corrupted.make_arrays(colours.subset([1, 4]), seed=0, frost=None, workers=0)
+    what = corrupted.Corrupted("snow", 4)
+    assert np.array_equal(part.read(what), made.read(what)[[1, 4]])
+
+
+def test_colours_survive_the_corruptions_that_keep_them(made: corrupted.Arrays, colours: ImageSource) -> None:
+    measured = measure_in(made.folder, colours)
+    found = corrupted.figures(measured.samples)
+    assert not measured.problems
+    assert found["gaussian_blur"] == found["gaussian_noise.5"] == 100
+    assert found["mean"] == pytest.approx(np.mean([found[kind] for kind, c in KINDS.items() if not c.extra]))
+
+
+def test_mean_corruption_error_by_hand() -> None:
+    kinds = [kind for kind, corruption in KINDS.items() if not corruption.extra]
+    ours, baseline = dict.fromkeys(kinds, 70.0), dict.fromkeys(kinds, 60.0)
+    ours["fog"] = 40.0
+    assert corrupted.mce(ours, baseline)["mce"] == pytest.approx((14 * 75 + 150) / 15)
+    assert corrupted.mce(baseline, baseline)["mce"] == pytest.approx(100)
+    assert corrupted.mce(ours, baseline | {"fog": 100.0}) == {}
+    del ours["snow"]
+    assert corrupted.mce(ours, baseline) == {}
+
+
+def test_a_missing_kind_and_a_missing_severity_leave_the_others(made: corrupted.Arrays, colours: ImageSource) -> None:
+    (made.folder / "fog.npy").unlink()
+    np.save(made.folder / "snow.npy", np.load(made.folder / "snow.npy")[: 4 * len(colours)])
+    np.save(made.folder / "frost.npy", np.load(made.folder / "frost.npy")[:-1])
+    measured = measure_in(made.folder, colours)
+    assert "snow.4" in measured.samples["test"]
+    assert "snow.5" not in measured.samples["test"]
+    assert [text.split()[0] for text in measured.problems] == ["snow.npy", "frost.npy", "fog.npy"]
+    assert "lacks the severities from 5 on" in measured.problems[0]
+    found = corrupted.figures(measured.samples)
+    assert "mean" not in found
+    assert "extra_mean" in found
+
+
+@pytest.mark.parametrize(("labels", "reason"), [([0, 1], "holds 2 labels"), ([2, 2, 1, 1, 0, 0], "in another order")])
+def test_arrays_of_other_images_are_refused(
+    labels: list[int], reason: str, made: corrupted.Arrays, colours: ImageSource
+) -> None:
+    np.save(made.folder / "labels.npy", labels)
+    with pytest.raises(ValueError, match=reason):
+        corrupted.open_arrays(made.folder, colours)
+
+
+def test_a_heat_map_is_drawn_of_what_there_is() -> None:
+    figure = corrupted.draw({"one": {"fog.1": 50.0, "fog.2": 40.0}, "two": {"snow.3": 10.0}})
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["snow", "fog"]
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def suite(colours: ImageSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Run parts on two models that see colours."""
+    use_cache(monkeypatch, tmp_path / "assets")
+    monkeypatch.setattr(run, "check_model_name", lambda name: None)
+
+    def make_subject(name: str) -> Subject:
+        subject = colour_subject()
+        subject.name = name
+        with torch.no_grad():
+            subject.model.scale.mul_({"good": 1, "plain": 0.5, "broken": float("nan")}[name])
+        return subject
+
+    def run_parts(parts: str, models: tuple[str, ...] = ("good",), **settings: object) -> Path:
+        config = SuiteConfig(
+            suite=parts,
+            out=tmp_path / "out",
+            kept=tmp_path / "kept",
+            fit_images=4,
+            train_split="test",
+            resamples=20,
+            **settings,  # type: ignore[arg-type]
+        )
+        run.run_suite(config, models, colours, lambda split, column: colours, make_subject)
+        return tmp_path / "out"
+
+    return run_parts
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_parts_become_tables_and_differences(suite: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    out = suite("clean,calibration", against=("plain",))
+    assert [(row["model"], row["top1"]) for row in read_csv(out / "clean.csv")] == [("good", "100"), ("plain", "100")]
+    pairs = {row["figure"]: row for row in read_csv(out / "pairs.csv") if row["part"] == "clean"}
+    assert float(pairs["top1"]["difference"]) == 0
+    assert float(pairs["nll"]["high"]) < 0  # good is surer, and right
+    assert "| good" in capsys.readouterr().out
+
+
+def test_what_was_measured_is_not_measured_again(suite: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read_csv(suite("clean") / "clean.csv")
+    monkeypatch.setattr(Subject, "_run", lambda *_, **__: pytest.fail("measured again"))
+    assert read_csv(suite("clean") / "clean.csv") == before
+
+
+def test_a_part_that_fails_leaves_the_others(suite: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="1 of these could not be had"):
+        suite("clean,ood,calibration", ood=("here=nowhere",))
+    assert "missing: ood of good: here=nowhere: there is no folder nowhere" in capsys.readouterr().err
+
+
+def test_a_model_that_is_broken_leaves_the_others(
+    suite: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="1 of these"):
+        suite("clean", ("broken", "good"))
+    assert "clean of broken: the logits of broken are not finite" in capsys.readouterr().err
+
+
+def test_measurements_come_back_as_they_were(tmp_path: Path) -> None:
+    kept = Measurement({"a": {"x": np.arange(3), "y": np.ones((3, 2), bool)}}, {"n": 3, "word": "w"}, ("why",))
+    kept.save(tmp_path / "folder" / "kept.npz")
+    again = Measurement.load(tmp_path / "folder" / "kept.npz")
+    assert (again.facts, again.problems) == (kept.facts, kept.problems)
+    assert again.samples["a"]["y"].shape == (3, 2)
+    assert again.samples["a"]["x"].tolist() == [0, 1, 2]
+
+
+def test_parts_that_do_not_exist_are_named() -> None:
+    with pytest.raises(ValueError, match="no part 'weather'; give standard, or some of clean,calibration"):
+        run.parse_suite("clean,weather")
+    assert [part.name for part in run.parse_suite("cost, clean")] == ["cost", "clean"]
+
+
+def test_a_release_says_how_many_images_it_held_out() -> None:
+    assert run.held_out("tffd_resnet20.c100") == 0
+    assert run.held_out("resnet18") is None

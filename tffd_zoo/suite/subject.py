@@ -1,0 +1,146 @@
+"""A model under examination: its logits and its features on any images, the work shared by all processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data import ImageSource, ImageSpec, eval_loader
+from ..data.memory import Normalize
+from ..evaluation import NonFiniteLogits, eval_mode
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of N images."""
+
+    logits: np.ndarray
+    """(N, classes) float32."""
+    features: np.ndarray
+    """(N, channels) float32: what enters the classifier."""
+    targets: np.ndarray
+    """(N,) int64 class of each image in its own data set."""
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(N,) bool: the highest logit is the target's."""
+        return self.logits.argmax(axis=1) == self.targets
+
+
+@dataclass
+class Subject:
+    """A timm classifier and how it is run."""
+
+    name: str
+    model: nn.Module
+    spec: ImageSpec
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch_size: int = 256
+    amp_dtype: torch.dtype | None = None
+    workers: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    _predicted: dict[tuple[str, ...], Predictions] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        classes = self.model.num_classes
+        assert isinstance(classes, int)
+        return classes
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The classes' names, where the model's config has them."""
+        names = getattr(self.model, "pretrained_cfg", {}).get("label_names")
+        return tuple(names) if isinstance(names, list | tuple) else None
+
+    @property
+    def weights_hash(self) -> str:
+        """Short hash of the names and bytes of all weights."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def predict(self, source: ImageSource) -> Predictions:
+        """Run the model on every image of `source`, as its config wants them. The last answers are remembered."""
+        key = (source.name, source.split, source.label_column, source.fingerprint)
+        if key not in self._predicted:
+            loader = eval_loader(
+                source,
+                self.spec,
+                self.batch_size,
+                rank=self.rank,
+                world_size=self.world_size,
+                workers=self.workers,
+                memory_format=torch.channels_last,
+            )
+            logits, features = self._run((batch.images for batch in loader), len(loader), with_features=True)
+            self._predicted[key] = Predictions(logits, features, source.labels.numpy())
+        return self._predicted[key]
+
+    def logits_of(self, images: np.ndarray) -> np.ndarray:
+        """Run the model on uint8 images (N, H, W, 3), which must have the size of its input: logits (N, classes).
+
+        Raises:
+            ValueError: they have another size.
+        """
+        return self._run_arrays(images, with_features=False)[0]
+
+    def predict_arrays(self, images: np.ndarray) -> Predictions:
+        """As :meth:`logits_of`, with the features; no target is right."""
+        return Predictions(*self._run_arrays(images, with_features=True), np.full(len(images), -1))
+
+    def _run_arrays(self, images: np.ndarray, with_features: bool) -> tuple[np.ndarray, np.ndarray]:
+        if images.shape[1:3] != self.spec.input_size[1:]:
+            raise ValueError(
+                f"{self.name} takes {self.spec.input_size[1]} x {self.spec.input_size[2]} pixels, and the images have "
+                f"{images.shape[1]} x {images.shape[2]}"
+            )
+        share = np.array_split(np.arange(len(images)), self.world_size)[self.rank]
+        starts = range(0, len(share), self.batch_size)
+        normalize = Normalize(self.spec.mean, self.spec.std, self.spec.input_size, torch.channels_last)
+
+        def batches() -> Iterator[Tensor]:
+            for start in starts:
+                chosen = share[start : start + self.batch_size]
+                yield normalize(torch.from_numpy(np.ascontiguousarray(images[chosen])).permute(0, 3, 1, 2))
+
+        return self._run(batches(), len(starts), with_features)
+
+    def _run(self, batches: Iterable[Tensor], count: int, with_features: bool) -> tuple[np.ndarray, np.ndarray]:
+        logits, features = [], []
+        hide_bar = None if self.rank == 0 and count > 8 else True
+        autocast = torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+        with eval_mode(self.model), torch.inference_mode(), autocast:
+            for images in tqdm(batches, self.name, count, unit="batch", leave=False, disable=hide_bar):
+                images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+                model: Any = self.model
+                if with_features:
+                    maps = model.forward_features(images)
+                    features.append(model.forward_head(maps, pre_logits=True).float().cpu().numpy())
+                    logits.append(model.forward_head(maps).float().cpu().numpy())
+                else:
+                    logits.append(model(images).float().cpu().numpy())
+        gathered_logits = self._gather(logits, self.num_classes)
+        if not np.isfinite(gathered_logits).all():
+            raise NonFiniteLogits(f"the logits of {self.name} are not finite: its weights are broken or diverged")
+        return gathered_logits, self._gather(features, 0)
+
+    def _gather(self, arrays: list[np.ndarray], width: int) -> np.ndarray:
+        """The rows of all processes, in the order of the ranks, which is that of the images."""
+        mine = np.concatenate(arrays) if arrays else np.zeros((0, width), np.float32)
+        if self.world_size == 1:
+            return mine
+        shares: list[Any] = [None] * self.world_size
+        dist.all_gather_object(shares, mine)
+        return np.concatenate([share for share in shares if len(share)] or [mine])
