@@ -33,7 +33,7 @@ class SuiteConfig:
     train_split: str = "train"
     """Split that the models were trained on: for the temperature, for neighbours and for duplicates."""
     fit_images: int = 5000
-    """Training images for the temperature and the feature distance."""
+    """Training images for the temperature, the feature distance and the probes."""
     corruption_images: int | None = None
     """Corrupt so many of the test images, in the proportions of the classes; all when not given."""
     corruptions: Path | None = None
@@ -46,8 +46,6 @@ class SuiteConfig:
     """Images of no known class: noise, digits, or NAME=DATA[:SPLIT]."""
     transfer: tuple[str, ...] = ("digits", "coarse")
     """Label sets for the frozen features: digits, coarse (CIFAR-100's 20 superclasses), or NAME=DATA[:TRAIN:TEST]."""
-    transfer_images: int = 10_000
-    """Most training images of a probe."""
     shifts: tuple[str, ...] = ()
     """Other test sets of the same classes, found by their names: NAME=DATA[:SPLIT], or real=FILE.json for ReaL."""
     suite_seed: int = 0

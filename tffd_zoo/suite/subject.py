@@ -48,7 +48,7 @@ class Subject:
     workers: int | None = None
     rank: int = 0
     world_size: int = 1
-    _predicted: dict[tuple[str, ...], Predictions] = field(default_factory=dict)
+    _predicted: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -72,8 +72,8 @@ class Subject:
         return digest.hexdigest()[:16]
 
     def predict(self, source: ImageSource) -> Predictions:
-        """Run the model on every image of `source`, as its config wants them. The last answers are remembered."""
-        key = (source.name, source.split, source.label_column, source.fingerprint)
+        """Run the model on every image of `source`, as its config wants them; once, whichever labels they have."""
+        key = (source.name, source.split, hashlib.sha256(source.rows.numpy().tobytes()).hexdigest())
         if key not in self._predicted:
             loader = eval_loader(
                 source,
@@ -84,9 +84,8 @@ class Subject:
                 workers=self.workers,
                 memory_format=torch.channels_last,
             )
-            logits, features = self._run((batch.images for batch in loader), len(loader), with_features=True)
-            self._predicted[key] = Predictions(logits, features, source.labels.numpy())
-        return self._predicted[key]
+            self._predicted[key] = self._run((batch.images for batch in loader), len(loader), with_features=True)
+        return Predictions(*self._predicted[key], source.labels.numpy())
 
     def logits_of(self, images: np.ndarray) -> np.ndarray:
         """Run the model on uint8 images (N, H, W, 3), which must have the size of its input: logits (N, classes).

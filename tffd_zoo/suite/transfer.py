@@ -34,7 +34,6 @@ def measure(subject: Subject, setting: Setting) -> Measurement:
         except (ValueError, OSError) as error:
             problems.append(f"{text}: {error}")
             continue
-        train = test_subset(train, setting.config.transfer_images)
         probed = probe(subject.predict(train), subject.predict(test), setting.config.suite_seed)
         samples[name] = {f"{name}_{method}": correct for method, correct in probed.items()}
         facts |= {f"{name}_classes": test.num_classes, f"{name}_train_images": len(train)}
@@ -45,11 +44,11 @@ def measure(subject: Subject, setting: Setting) -> Measurement:
 
 def _open(text: str, setting: Setting) -> tuple[str, list[ImageSource]]:
     if text != "coarse":
-        return open_named(text, ("train", "test"))
-    config = setting.config
-    train = setting.open_labels(config.train_split, COARSE)
-    test = setting.open_labels(setting.source.split, COARSE)
-    return text, [train, test.subset(setting.source.rows)]
+        name, (train, test) = open_named(text, ("train", "test"))
+        return name, [test_subset(train, setting.config.fit_images), test]
+    # the images of the other parts, with other labels: the model has seen them by then
+    train, test = setting.fit_source, setting.source
+    return text, [setting.open_labels(source.split, COARSE).subset(source.rows) for source in (train, test)]
 
 
 def probe(train: Predictions, test: Predictions, seed: int) -> Sample:
@@ -87,4 +86,4 @@ def figures(samples: Mapping[str, Sample]) -> Figures:
     return {figure: percent(correct) for sample in samples.values() for figure, correct in sample.items()}
 
 
-PART = Part("transfer", measure, figures, depends=("transfer", "transfer_images", "train_split", "suite_seed"))
+PART = Part("transfer", measure, figures, depends=("transfer", "fit_images", "train_split", "suite_seed"))
