@@ -10,6 +10,7 @@
 | share      | Tf-FD at a gradient share of 5 % for each loss                  | 240    |
 | short-*    | tffd, plain, reference or share                                 | 15     |
 | resnet18   | timm's ResNet-18 at 32 px, for the zoo; resnet18-plain          | 12     |
+| finetune   | from the plain student to the twenty coarse classes             | 4      |
 | quickstart | scikit-learn's digits: no network, no data, about a minute      | 8      |
 
 and the experiments, each also as short-*, each one change away from plain or share, its twin:
@@ -177,6 +178,18 @@ def experiments(plain: Recipe, share: Recipe, reference: Recipe, prefix: str = "
             yield taught(reference, "reference-kd", KDConfig(warmup=REFERENCE.warmup, whole_epochs=True))
 
 
+# A trained student learns other classes, its body at a tenth of the head's rate. The twin: --tffd None.
+FINETUNE = vary(
+    SHORT_SHARE,
+    "finetune",
+    tag="ft_c100",
+    model="tffd_resnet20.ce_c100",
+    pretrained=True,
+    data={"label_column": "coarse_label"},
+    optim={"epochs": 4, "lr": 0.05, "warmup_epochs": 0.5, "layer_decay": 0.1, "layer_decay_min": 0.1},
+    run={"compile": False},
+)
+
 QUICKSTART = vary(
     TFFD,
     "quickstart",
@@ -190,7 +203,7 @@ PRESETS = {
     recipe.name: recipe
     for recipe in (
         TFFD, PLAIN, REFERENCE_RUN, SHARE, SHORT_TFFD, SHORT_SHARE, SHORT_PLAIN, SHORT_REFERENCE, RESNET18,
-        RESNET18_PLAIN, QUICKSTART,
+        RESNET18_PLAIN, FINETUNE, QUICKSTART,
         *experiments(PLAIN, SHARE, REFERENCE_RUN),
         *experiments(SHORT_PLAIN, SHORT_SHARE, SHORT_REFERENCE, "short-"),
     )

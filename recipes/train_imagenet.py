@@ -1,12 +1,19 @@
-"""ImageNet-1k recipes: the supplement's setting and its plain twin, for any timm model.
+"""ImageNet-1k recipes: the supplement's setting and its plain twin, for any timm model; and fine-tuning from it.
 
     accelerate launch recipes/train_imagenet.py [PRESET] [--flags]
 
-| preset | what                                                                              |
-|--------|-----------------------------------------------------------------------------------|
-| tffd   | ResNet-18, Tf-FD between neighbouring stages, warm-up and early decay             |
-| plain  | the same without Tf-FD                                                            |
-| off    | tffd, but the losses fall to zero between 30 % and 60 % of the run                |
+| preset   | what                                                                            |
+|----------|---------------------------------------------------------------------------------|
+| tffd     | ResNet-18, Tf-FD between neighbouring stages, warm-up and early decay           |
+| plain    | the same without Tf-FD                                                          |
+| off      | tffd, but the losses fall to zero between 30 % and 60 % of the run              |
+| finetune | from released weights to other classes, with Tf-FD; its twin: --tffd None       |
+
+    accelerate launch recipes/train_imagenet.py finetune --model resnet50.a1_in1k --pretrained --data FOLDER
+
+Fine-tuning takes the weights of any timm or hf-hub: model, with a new head: AdamW, 20 epochs, the rate falling by a
+quarter from each layer group to the one below. --layer-decay 0.1 --layer-decay-min 0.1 gives the whole body a tenth of
+the head's rate; --freeze 2 leaves the stem and the first stage as they are.
 
 The setting (Li, ECCV 2022, supplement): 100 epochs, SGD, learning rate 0.1 at a global batch of 256, weight decay 1e-4,
 x0.1 at 30, 60 and 90, RandomResizedCrop and flip, label smoothing 0.1. Put 256 / (number of processes) as --batch-size.
@@ -33,8 +40,20 @@ TFFD = Recipe(
 )
 PLAIN = vary(TFFD, "imagenet-plain", tag="ce_in1k", tffd=None)
 OFF = vary(TFFD, "imagenet-off", tffd=TfFDConfig(pairs="neighbours", warmup=5 / 100, decay="off"))
+FINETUNE = vary(
+    TFFD,
+    "finetune",
+    tag="ft_in1k",
+    model="resnet50.a1_in1k",
+    pretrained=True,
+    optim={
+        "epochs": 20, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05, "opt": "adamw", "sched": "cosine",
+        "warmup_epochs": 1.0, "decay_norm_and_bias": False, "layer_decay": 0.75,
+    },
+    tffd=TfFDConfig(pairs="neighbours", share_intra=0.05, share_inter=0.05, warmup=1 / 20),
+)  # fmt: skip
 
-PRESETS = {"tffd": TFFD, "plain": PLAIN, "off": OFF}
+PRESETS = {"tffd": TFFD, "plain": PLAIN, "off": OFF, "finetune": FINETUNE}
 
 if __name__ == "__main__":
     guard(lambda: train(recipe_from_cli(PRESETS, __doc__)))

@@ -332,7 +332,7 @@ def test_what_was_evaluated_before_a_model_failed_is_reported(photos: Path, stud
         ("tffd_resnet21", "no model 'tffd_resnet21'; did you mean .*tffd_resnet20"),
         ("resnet18.of_our_dreams", "no weights 'of_our_dreams'; choose one of .*resnet18.a1_in1k"),
         ("resnet10", "no model 'resnet10'"),
-        ("botnet50ts_256", "no weights to evaluate"),
+        ("botnet50ts_256", "has no weights"),
         ("org/name", "hf-hub:org/name"),
         ("ftp:org/name", "Unknown model source"),
     ],

@@ -292,6 +292,7 @@ def _training(info: CardInfo) -> str:
     trained = _trained_epochs(info.recipe, info.metrics)
     cut_short = "" if trained == optim["epochs"] else f" (stopped after {trained:.3g})"
     lines = [
+        *([f"started from the weights of `{info.recipe['model']}`"] if info.recipe.get("pretrained") else []),
         f"recipe `{info.recipe['name']}`: {optim['epochs']} epochs{cut_short}, {batch}",
         f"optimizer {optim['opt']}, learning rate {optim['lr']:g} ({schedule}), "
         f"weight decay {optim['weight_decay']:g}, label smoothing {optim['label_smoothing']:g}",

@@ -21,7 +21,6 @@ import tyro
 from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.models import split_model_name_tag
 from timm.models._hub import save_config_for_hf
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
@@ -243,7 +242,7 @@ def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str
     return export(
         model,
         folder or run / EXPORT,
-        architecture=split_model_name_tag(recipe["model"])[0],
+        architecture=model.pretrained_cfg["architecture"],
         tag=_tag_of_run(recipe, data),
         recipe=recipe,
         metrics=metrics,

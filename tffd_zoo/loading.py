@@ -51,15 +51,16 @@ def check_model_name(name: str) -> None:
     architecture, tag = split_model_name_tag(model_id)
     pretrained = timm.list_pretrained(f"{architecture}.*") or timm.list_pretrained(architecture)
     if not pretrained:
-        raise ValueError(f"{architecture} has no weights to evaluate; give an export of your own as local-dir:FOLDER")
+        raise ValueError(f"{architecture} has no weights; give an export of your own as local-dir:FOLDER")
     if tag and name not in pretrained:
         raise ValueError(f"{architecture} has no weights {tag!r}; choose one of {', '.join(pretrained)}")
 
 
-def load_model(name: str) -> nn.Module:
+def load_model(name: str, num_classes: int | None = None) -> nn.Module:
     """Load a registered name, `hf-hub:org/name[@revision]` or `local-dir:FOLDER` with its weights.
 
-    An export is checked against its hashes first, on the Hub too.
+    An export is checked against its hashes first, on the Hub too. With another `num_classes` than the weights have, the
+    head is a new one.
 
     Raises:
         ValueError: it cannot be had; says why.
@@ -71,7 +72,7 @@ def load_model(name: str) -> nn.Module:
     try:
         if source == "hf-hub":
             _verify_download(model_id)
-        return timm.create_model(name, pretrained=True)
+        return timm.create_model(name, pretrained=True, num_classes=num_classes)
     except (RuntimeError, SafetensorError) as error:  # how timm, torch and safetensors refuse
         raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
     except Exception as error:  # the Hub client's own errors and those of its HTTP library have no common base

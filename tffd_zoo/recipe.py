@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,12 @@ class OptimConfig:
     """Factor of 'multistep' at each milestone."""
     warmup_epochs: float = 0.0
     """Epochs of linear learning-rate warm-up, inside the run."""
+    layer_decay: float | None = None
+    """Multiply the learning rate by this once for each of timm's layer groups below the head."""
+    layer_decay_min: float = 0.0
+    """Never below this share: with both at 0.1 the whole body learns at a tenth of the head's rate."""
+    freeze: int = 0
+    """Freeze so many of timm's coarse layer groups, BatchNorm statistics too: 1 is the stem, 2 stem and first stage."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one step."""
     clip_grad: float | None = None
@@ -163,9 +170,12 @@ class Recipe:
     tag: str
     """Tag of the exported weights, as in tffd_resnet20.c100."""
     model: str
-    """Any timm model."""
+    """Any timm model; with --pretrained also hf-hub:org/name or local-dir:FOLDER."""
     data: Annotated[DataConfig, tyro.conf.arg(name="")]
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")]
+    pretrained: bool = False
+    """Start from the model's weights, those of its tag (resnet50.a1_in1k) or its first; the head is new where the
+    classes are others."""
     tffd: TfFDConfig | None = None
     """Tf-FD; None trains without it."""
     teacher: TeacherConfig | None = None
@@ -185,7 +195,7 @@ class Recipe:
     @property
     def folder(self) -> Path:
         """Where the run lies."""
-        return self.run.output or Path("runs") / f"{self.name}-{self.model.replace('/', '_')}-s{self.run.seed}"
+        return self.run.output or Path("runs") / f"{self.name}-{re.sub('[/:]+', '_', self.model)}-s{self.run.seed}"
 
     @property
     def methods(self) -> list[Method]:

@@ -348,6 +348,13 @@ class DistillationTask(TrainingTask):
         module = unwrap_model(module) if module is not None else None
         return module.model if isinstance(module, StagedModel) else module
 
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The model's layer groups; what the objectives train counts as the head."""
+        model = self.get_eval_model()
+        layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        head = max(layers.values())
+        return lambda name: layers.get(name.removeprefix("trainable_module.").removeprefix("model."), head)
+
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Batch count, lambdas and the objectives' state; the weights are timm's own entry."""
         return {} if ema else {k: v for k, v in self.state_dict().items() if not k.startswith("trainable_module")}

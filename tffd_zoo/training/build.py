@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from timm import create_model
 from timm.data import Mixup
 from timm.loss import create_classification_loss
+from timm.models import group_parameters, parse_model_name, split_model_name_tag
 from torch import nn
 
 from ..data import (
@@ -32,7 +33,7 @@ from ..data import (
 )
 from ..data.image_source import some_of
 from ..data.memory import AUGMENTS
-from ..loading import check_labels, check_model_name, load_model
+from ..loading import check_architecture, check_labels, check_model_name, load_model
 from ..recipe import DataConfig, Recipe
 from ..stages import find_stages, stage_activations
 from ..tasks import DistillationTask, Setting, TeacherConfig
@@ -104,6 +105,62 @@ def open_sources(config: DataConfig) -> tuple[TrainSource, ImageSource]:
         )
     names += tuple(name for name in theirs if name not in names)
     return train_source.with_classes(names), eval_source.with_classes(names)
+
+
+def check_network(recipe: Recipe) -> None:
+    """Refuse a name that stands for no network, for weights that the recipe does not ask for, or for none that it does.
+
+    Raises:
+        ValueError: names the mend.
+    """
+    if recipe.pretrained:
+        check_model_name(recipe.model)
+        return
+    check_architecture(recipe.model)
+    source, model_id = parse_model_name(recipe.model)
+    architecture, tag = split_model_name_tag(model_id)
+    if source is not None:
+        raise ValueError(f"{recipe.model} names weights; add --pretrained to start from them")
+    if tag:
+        raise ValueError(
+            f"{recipe.model} names the weights {tag!r}; add --pretrained to start from them, or train {architecture} "
+            "from scratch"
+        )
+
+
+def make_network(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The network to train: with fresh weights, or with its released ones and a new head where the classes differ."""
+    if recipe.pretrained:
+        return load_model(recipe.model, num_classes)
+    return create_model(recipe.model, num_classes=num_classes)
+
+
+def freeze_layers(model: nn.Module, groups: int) -> None:
+    """Take the first of timm's coarse layer groups, the stem and then the stages, out of the training.
+
+    Raises:
+        ValueError: the model does not say what its groups are, or nothing but frozen ones would be left.
+    """
+    if not groups:
+        return
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(f"{type(model).__name__} has no layer groups to freeze; leave --freeze out")
+    matcher: Any = model.group_matcher
+    group_of = group_parameters(model, matcher(coarse=True), reverse=True)
+    head = max(group_of.values())
+    if not 0 < groups <= head:
+        raise ValueError(f"--freeze {groups} is out of range: the head of this model stands on {head} layer groups")
+    for name, parameter in model.named_parameters():
+        if group_of[name] < groups:
+            parameter.requires_grad_(False)
+
+
+def keep_frozen(model: nn.Module) -> None:
+    """Put what is frozen back in evaluation mode: its BatchNorm statistics stand still as its weights do."""
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.eval()
 
 
 def memory_format(recipe: Recipe, accelerator: Accelerator) -> torch.memory_format:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
-from timm import create_model
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -32,16 +31,19 @@ from ..allocator import keep_freed_memory
 from ..data import Batch, Loader
 from ..evaluation import EvalResult, NonFiniteLogits, evaluate
 from ..export import export_run
-from ..loading import check_architecture
 from ..recipe import OptimConfig, Recipe
 from ..tasks import DistillationTask
 from ..threads import use_threads
 from .build import (
     check_batch_of_one,
+    check_network,
     check_trackers,
+    freeze_layers,
     image_spec,
+    keep_frozen,
     make_loaders,
     make_mixup,
+    make_network,
     make_task,
     memory_format,
     open_sources,
@@ -79,9 +81,11 @@ def train(recipe: Recipe) -> Path:
     set_seed(run.seed)
 
     # --- data, model and task -----------------------------------------------------------------------------------------
-    check_architecture(recipe.model)
+    check_network(recipe)
     train_source, eval_source = open_sources(recipe.data)
-    model = create_model(recipe.model, num_classes=train_source.num_classes)
+    with accelerator.main_process_first():  # one process downloads, the others find it there
+        model = make_network(recipe, train_source.num_classes)
+    freeze_layers(model, optim.freeze)
     layout = memory_format(recipe, accelerator)
     spec = image_spec(recipe, model)
     train_batches, eval_batches = make_loaders(recipe, spec, train_source, eval_source, layout, accelerator)
@@ -104,6 +108,8 @@ def train(recipe: Recipe) -> Path:
         weight_decay=optim.weight_decay,
         momentum=optim.momentum,
         filter_bias_and_bn=not optim.decay_norm_and_bias,
+        layer_decay=optim.layer_decay,
+        layer_decay_min_scale=optim.layer_decay_min,
     )
     linear = optim.sched == "linear"
     scheduler, _ = create_scheduler_v2(
@@ -150,6 +156,7 @@ def train(recipe: Recipe) -> Path:
     with bar, StopSignal(accelerator) as stop:
         while progress.step < total_steps:
             prepared.train()
+            keep_frozen(model)
             timer = _Timer()
             for group in _steps(train_batches, progress, optim):
                 # one step
