@@ -102,6 +102,22 @@ def test_what_is_no_image_is_refused(image: object, complaint: str, released: tf
         released.predict(image)  # type: ignore[arg-type]
 
 
+def test_a_picture_is_seen_as_a_person_sees_it_in_every_form(released: tffd_zoo.Classifier, tmp_path: Path) -> None:
+    pixels = noise()
+    upright = released.predict(pixels)
+    lying = Image.fromarray(np.rot90(pixels).copy())
+    exif = lying.getexif()
+    exif[0x0112] = 6  # to be shown turned by a quarter, clockwise
+    lying.save(tmp_path / "lying.png", exif=exif)
+    assert released.predict(tmp_path / "lying.png") == upright
+    with Image.open(tmp_path / "lying.png") as opened:
+        assert released.predict(opened) == upright
+
+    transparent = np.dstack([pixels, np.zeros((40, 48), dtype=np.uint8)])
+    white = released.predict(np.full_like(pixels, 255))
+    assert released.predict(transparent) == released.predict(Image.fromarray(transparent)) == white
+
+
 def test_a_file_that_is_no_image_is_named(released: tffd_zoo.Classifier, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no pixels here")
     with pytest.raises(ValueError, match=r"cannot read .*notes\.png: not an image"):

@@ -64,8 +64,8 @@ class Classifier:
 
         Args:
             images: one image or a list of them: a PIL image, the path of a file, an array (H, W, 3) or (H, W) of uint8,
-                a tensor (3, H, W) of uint8 or of floats in [0, 1]. All are resized and normalised as in the evaluation
-                of the network.
+                a tensor (3, H, W) of uint8 or of floats in [0, 1]. All are turned upright, resized and normalised
+                as in the evaluation of the network; what is transparent lies on white.
             top_k: how many classes, the likeliest first.
 
         Raises:
@@ -144,7 +144,7 @@ def as_rgb(image: AnImage) -> Image.Image:
                 f"an array of shape {image.shape} and type {image.dtype} is no image; give (H, W, 3) of uint8, or a "
                 "tensor (3, H, W)"
             )
-        return Image.fromarray(image).convert("RGB")
+        return as_seen(Image.fromarray(image))
     raise ValueError(f"{type(image).__name__} is no image; give a PIL image, a path, an array or a tensor")
 
 
