@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -515,3 +518,54 @@ def test_objectives_need_stages() -> None:
     with pytest.raises(ValueError, match="stages=find_stages"):
         DistillationTask(tiny(), [_Constant(True)])
     assert set(DistillationTask(tiny(), [_Constant(False)], stages=find_stages(tiny())).weights) == {"constant"}
+
+
+# --- in other hands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_task_comes_back_from_a_pickle_where_it_was(compiled: bool) -> None:
+    task = TfFDTask(tiny(), CANONICAL, epochs=2, batches_per_epoch=3)
+    if compiled:
+        task.compile(backend="eager")
+    task(*a_batch(4))
+    file = io.BytesIO()
+    torch.save(task, file)
+    file.seek(0)
+    for again in (pickle.loads(pickle.dumps(task)), torch.load(file, weights_only=False), copy.deepcopy(task)):
+        result, expected = again(*a_batch(4)), copy.deepcopy(task)(*a_batch(4))
+        assert result["loss_weight/intra"] == expected["loss_weight/intra"] > 0
+        assert torch.equal(result["loss"], expected["loss"])
+
+
+def test_a_compiled_or_wrapped_model_is_refused_with_the_way_to_compile_the_task() -> None:
+    for wrapped in (torch.compile(tiny(), backend="eager"), nn.DataParallel(tiny())):
+        with pytest.raises(ValueError, match=r"wraps the model.*task\.compile\(\)"):
+            TfFDTask(wrapped, UNSCHEDULED)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({"lambda_intra": 1e4}, ["intra", "drowns it"]),
+        ({"lambda_inter": 1e-9}, ["inter", "does nothing"]),
+        ({}, []),
+        ({"lambda_inter": 0.0}, []),
+    ],
+)
+def test_a_lambda_that_does_not_suit_the_model_is_told_once(
+    settings: dict[str, Any], warns: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = TfFDTask(tiny(), replace(UNSCHEDULED, **settings))
+    for _ in range(2):
+        task(*a_batch(4))
+    messages = [record.getMessage() for record in caplog.records if "cross-entropy" in record.getMessage()]
+    assert len(messages) == bool(warns)
+    assert all(word in message for message in messages for word in (*warns, "choose_lambdas"))
+
+
+def test_a_lambda_chosen_by_a_share_is_nothing_to_warn_of(caplog: pytest.LogCaptureFixture) -> None:
+    task = TfFDTask(tiny(), replace(UNSCHEDULED, share_intra=1e-8, share_inter=100.0))
+    task.choose_lambdas([a_batch(4)])
+    task(*a_batch(4))
+    assert not caplog.records

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 __all__ = ["Stages", "find_stages", "stage_activations", "stage_norms"]
@@ -54,8 +55,14 @@ def find_stages(model: nn.Module, choose: Sequence[int] | None = None, *, minimu
         minimum: how many stages are needed; the inter-layer loss pairs them, so it needs two.
 
     Raises:
-        ValueError: if the model offers fewer stages than `minimum`, or `choose` names one that it does not have.
+        ValueError: if the model offers fewer stages than `minimum`, or `choose` names one that it does not have, or it
+            is wrapped.
     """
+    if unwrap_model(model) is not model:
+        raise ValueError(
+            f"{type(model).__name__} wraps the model, and its stages are read past the wrapper: pass the model itself, "
+            "then compile or wrap the whole task (task.compile(), DistributedDataParallel(task))"
+        )
     info = _feature_info(model)
     indices = _default_stages(model, info) if choose is None else _chosen_stages(choose, info)
     if len(indices) < minimum:

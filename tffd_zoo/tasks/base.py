@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from ..schedules import LossWeight
 from ..stages import Stages
 from .gradients import GradientNorms, lambdas_for_shares, untouched
+
+_logger = logging.getLogger(__name__)
 
 
 class View(NamedTuple):
@@ -107,6 +110,9 @@ class StagedModel(nn.Module):
         layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
         return lambda name: layers[name.removeprefix("model.")]
 
+
+FAINT, DROWNING = 1e-6, 10.0
+"""Weighted losses outside these multiples of cross-entropy, on the first batch, are a mistake in their lambda."""
 
 SHARE_STEPS = 10
 """Steps over which gradient norms are averaged to choose a lambda."""
@@ -215,6 +221,8 @@ class DistillationTask(TrainingTask):
             if weight.schedule is not None:
                 result[f"loss_weight/{name}"] = self.loss_weights[k]
         if self.training:
+            if self._batches == 0:
+                self._warn_of_imbalance(result)
             self._batches += 1
             self.batches_seen.fill_(self._batches)
         return result
@@ -248,6 +256,20 @@ class DistillationTask(TrainingTask):
                 self.loss_weights[k] = weight.schedule(epoch)
         for objective in self.objectives:
             objective.begin_batch(epoch, self._batches)
+
+    def _warn_of_imbalance(self, terms: Mapping[str, Tensor]) -> None:
+        """Say it when a lambda that was given, not chosen by a share, does not suit the features of this model."""
+        ce = float(terms["ce"])
+        for name, value in zip(self.weights, self.lambdas.tolist(), strict=True):
+            weighted = value * float(terms[name])
+            if self.weights[name].share or not value or FAINT * ce <= weighted <= DROWNING * ce:
+                continue
+            effect = "drowns it" if weighted > ce else "does nothing"
+            _logger.warning(
+                "lambda %g times loss '%s' is %.3g where cross-entropy is %.3g: on this model it %s; choose the weight "
+                "by a gradient share instead, such as share_%s=0.05 and task.choose_lambdas(train_loader)",
+                value, name, weighted, ce, effect, name,
+            )  # fmt: skip
 
     def _compute(self, *batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         terms, logits = self.terms(*batch)
@@ -318,6 +340,10 @@ class DistillationTask(TrainingTask):
         norms = measured.norms()
         ratios = self.lambdas * self.loss_weights * torch.stack([norms[name] for name in self.weights]) / norms["ce"]
         return {f"grad_ratio/{name}": ratio for name, ratio in zip(self.weights, ratios, strict=True)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: all but the compiled step, which belongs to one process and one task."""
+        return {**self.__dict__, "_compute_compiled": None}
 
     # --- timm's contract ----------------------------------------------------------------------------------------------
 
