@@ -85,7 +85,7 @@ SHORT = {
 }  # fmt: skip
 SHARES = TfFDConfig(share_intra=0.05, share_inter=0.05)
 SHARE = vary(TFFD, "share", tffd=SHARES)
-SHORT_TFFD = vary(TFFD, "short-tffd", optim=SHORT, run={"compile": True})
+SHORT_TFFD = vary(TFFD, "short-tffd", optim=SHORT)
 SHORT_SHARE = vary(SHORT_TFFD, "short-share", tffd=SHARES)
 SHORT_PLAIN = vary(SHORT_TFFD, "short-plain", tag="ce_c100", tffd=None)
 SHORT_REFERENCE = vary(SHORT_TFFD, "short-reference", tag="reference_c100", tffd=REFERENCE)

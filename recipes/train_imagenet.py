@@ -32,7 +32,7 @@ TFFD = Recipe(
     name="imagenet-tffd",
     tag="in1k",
     model="tffd_resnet18",
-    data=DataConfig(source="ILSVRC/imagenet-1k", augment="rrc_flip", workers=8),
+    data=DataConfig(source="ILSVRC/imagenet-1k", augment="rrc_flip"),
     optim=OptimConfig(
         epochs=100, batch_size=256, lr=0.1, weight_decay=1e-4, milestones=(0.3, 0.6, 0.9), label_smoothing=0.1
     ),

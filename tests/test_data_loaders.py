@@ -29,7 +29,7 @@ from tffd_zoo.data import (
     train_loader,
 )
 from tffd_zoo.data.memory import AUGMENTS, CropsAndFlips, draw_crops_and_flips, pad_crop_flip, seeded_generator
-from tffd_zoo.data.workers import WorkerPool, default_workers
+from tffd_zoo.data.workers import WorkerPool, default_workers, workers_beside
 
 SPEC = ImageSpec(input_size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), crop_pct=1.0)
 RRC = AUGMENTS["rrc_flip"]
@@ -388,6 +388,28 @@ class TestChoices:
         assert (default_workers(), default_workers(2), default_workers(24)) == (8, 6, 1)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
         assert default_workers(24) == 3
+
+    def test_workers_take_the_part_of_the_cores_that_decoding_takes_of_the_time(self) -> None:
+        # 3 ms of a core to decode, 9 ms of eight cores to train: 3 of 75 core-milliseconds, a third of a core
+        assert workers_beside(0.003, 0.009, cores=8, on_cpu=True) == 1
+        # 3 ms to decode, 0.5 ms of eight cores to train: 3 of 7, so 3.4 cores
+        assert workers_beside(0.003, 0.0005, cores=8, on_cpu=True) == 4
+        # a GPU that wants an image every 0.5 ms is fed by six workers, if there are cores for them
+        assert workers_beside(0.003, 0.0005, cores=8, on_cpu=False) == 6
+        assert workers_beside(0.003, 0.0005, cores=4, on_cpu=False) == 4
+
+    def test_whoever_knows_the_consumer_is_told_what_decoding_takes(self) -> None:
+        source, told = make_source(20), list[float]()
+
+        def workers(seconds: float) -> int:
+            told.append(seconds)
+            return 2
+
+        loader = train_loader(source, SPEC, 4, seed=1, augment=RRC, workers=workers)
+        assert "decoded by 2 workers" in loader.describe()
+        assert "in memory" in train_loader(source, SPEC, 4, seed=1, workers=workers).describe()
+        assert len(told) == 1
+        assert 0 < told[0] < 1
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -36,9 +36,10 @@ OPERATIONAL = (
     "run.threads", "data.workers", "data.in_memory",
 )  # fmt: skip
 
+Precision = Literal["auto", "no", "fp16", "bf16"]
 
-# Fields that the data settle when they are None: data.json says how.
-SETTLED_BY_DATA = ("data.eval_split",)
+# Values that leave a choice to the machine, whose answer the recorded recipe has, or to the data: data.json says how.
+LEFT_OPEN = {"run.precision": "auto", "run.compile": None, "data.eval_split": None}
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class DataConfig:
     """How pad_crop_flip pads."""
     in_memory: bool | None = None
     """Decode all images once into memory; chosen by size when not given."""
-    workers: int = 2
-    """Processes that decode images, when they are not in memory."""
+    workers: int | None = None
+    """Processes that decode images, when they are not in memory; when not given, as many as timed to keep up."""
     drop_last: bool = False
     """Leave out the smaller last batch of an epoch."""
 
@@ -134,10 +135,11 @@ class RunConfig:
     """Folder of the run; runs/<name>-<model>-s<seed> when not given. The same command resumes what it finds there."""
     seed: int = 0
     """Seed of the weights, the order of the images and their augmentation."""
-    precision: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision."""
-    compile: bool = False
-    """Compile the training step: on CPU half a minute at the start, for the last few percent of Tf-FD's price."""
+    precision: Precision = "auto"
+    """Mixed precision; 'auto' times a few steps and takes bf16 where the device has it and is faster with it, else
+    float32."""
+    compile: bool | None = None
+    """Compile the training step, half a minute on CPU; when not given, for a long run that is timed to gain by it."""
     threads: int | None = None
     """Threads of each process; when not given OMP_NUM_THREADS, or else the cores divided by the processes that share
     them."""
@@ -222,14 +224,15 @@ def vary(recipe: Recipe, name: str, **changes: Any) -> Recipe:
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Names of the fields that make two recipes (as dicts) different runs.
 
-    A switch that one of them lacks is off there: the other was written by a newer version.
+    A switch that one of them lacks is off there: the other was written by a newer version. What one of them leaves open
+    is no difference.
     """
     found = []
     for key in sorted({*mine, *theirs}):
         name, a, b = f"{prefix}{key}", mine.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{name}.")
-        elif name in SETTLED_BY_DATA and (a is None or b is None):
+        elif name in LEFT_OPEN and LEFT_OPEN[name] in (a, b):
             continue
         elif (a != b if key in mine and key in theirs else a or b) and name not in OPERATIONAL:
             found.append(f"{name}: {b} there, {a} here")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ MEMORY_LIMIT = 2**30
 """Decoded images are kept in memory by default up to this size, bytes."""
 SMALL_IMAGE = 128 * 128
 """...and up to this size each as stored, pixels: photographs are left to workers, which decode beside the training."""
+
+TIMED = 16
+"""Images that are decoded to see how long it takes."""
+
+Workers = int | Callable[[float], int] | None
 
 ORDER, CROPS, PAIRS, PIXELS, FLIPS = range(5)  # what a seed is used for: separate streams of random numbers
 
@@ -224,7 +230,7 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     augment: Augment = AUGMENTS["pad_crop_flip"],
-    workers: int | None = None,
+    workers: Workers = None,
     in_memory: bool | None = None,
     drop_last: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -241,7 +247,9 @@ def train_loader(
         rank: this process.
         world_size: how many processes share the epoch.
         augment: what is done to the images; see :data:`AUGMENTS`.
-        workers: processes that decode; None: one per core of this machine, at most 8. 0: this process decodes.
+        workers: processes that decode; None: one per core of this machine, at most 8. 0: this process decodes. A
+            function is told the seconds that an image takes to decode, and says how many; it is not asked where images
+            are in memory or streamed.
         in_memory: decode everything once, beforehand; None: for small images that take at most 1 GiB decoded, unless
             `augment` resizes at random.
         drop_last: leave out the last global batch when it is smaller than the others.
@@ -315,8 +323,9 @@ def train_loader(
         for request, rows in zip(requests, batches, strict=True):
             yield request._replace(rows=rows)
 
-    decoded, workers = _decode(source, spec, transform, in_memory, workers, world_size, memory_format)
+    decoded = _decode(source, spec, transform, in_memory, workers, world_size, memory_format)
     make_batch = _BatchMaker(source, spec, transform, augment, seed, decoded, memory_format)
+    workers = _count_workers(make_batch, workers, world_size)
     description = _describe(source, decoded, workers, batch_size, world_size, dropped)
     if isinstance(source, StreamedSource):
         description += f", {source.describe_order(images_per_global_batch)}"
@@ -331,7 +340,7 @@ def eval_loader(
     *,
     rank: int = 0,
     world_size: int = 1,
-    workers: int | None = None,
+    workers: Workers = None,
     in_memory: bool | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Loader:
@@ -351,8 +360,9 @@ def eval_loader(
     )
     share = torch.arange(len(source)).tensor_split(world_size)[rank]
     batches = [_Request(0, positions, 1.0) for positions in share.split(batch_size) if len(positions)]
-    decoded, workers = _decode(source, spec, transform, in_memory, workers, world_size, memory_format)
+    decoded = _decode(source, spec, transform, in_memory, workers, world_size, memory_format)
     make_batch = _BatchMaker(source, spec, transform, AUGMENTS["none"], 0, decoded, memory_format)
+    workers = _count_workers(make_batch, workers, world_size)
     description = _describe(source, decoded, workers, batch_size, world_size, dropped=0)
     return Loader(make_batch, lambda epoch: batches, workers, description)
 
@@ -391,17 +401,34 @@ def _decode(
     spec: ImageSpec,
     transform: Callable[[Image.Image], Tensor],
     in_memory: bool | None,
-    workers: int | None,
+    workers: Workers,
     world_size: int,
     memory_format: torch.memory_format,
-) -> tuple[Tensor | None, int]:
-    """Decode the images now if they are to be kept in memory; also return how many workers batches then need."""
-    workers = default_workers(world_size) if workers is None else workers
-    if isinstance(source, StreamedSource):
-        return None, workers
-    if in_memory or (in_memory is None and _is_small(source, spec)):
-        return decode_all(source, transform, spec.input_size, memory_format, workers), 0
-    return None, workers
+) -> Tensor | None:
+    """Decode the images now if they are to be kept in memory."""
+    if isinstance(source, StreamedSource) or not (in_memory or (in_memory is None and _is_small(source, spec))):
+        return None
+    count = workers if isinstance(workers, int) else default_workers(world_size)
+    return decode_all(source, transform, spec.input_size, memory_format, count)
+
+
+def _count_workers(make_batch: _BatchMaker, workers: Workers, world_size: int) -> int:
+    """How many workers batches need."""
+    if make_batch.decoded is not None:
+        return 0
+    if callable(workers) and isinstance(make_batch.source, ImageSource):
+        return workers(_decoding_seconds(make_batch))
+    return workers if isinstance(workers, int) else default_workers(world_size)
+
+
+def _decoding_seconds(make_batch: _BatchMaker) -> float:
+    """Seconds that this process takes to make an image ready."""
+    images = len(make_batch.source)
+    positions = torch.arange(0, images, max(1, images // TIMED))[:TIMED]
+    make_batch(_Request(0, positions[:1], 1.0))  # the first opens files
+    started = time.perf_counter()
+    make_batch(_Request(0, positions, 1.0))
+    return (time.perf_counter() - started) / len(positions)
 
 
 def _is_small(source: ImageSource, spec: ImageSpec) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
@@ -20,6 +21,22 @@ Result = TypeVar("Result")
 def default_workers(processes: int = 1) -> int:
     """Return how many workers each of `processes` training processes may have: its share of the cores, at most 8."""
     return min(MAX_WORKERS, cores_per_process(processes))
+
+
+def workers_beside(decoding: float, consuming: float, cores: int, on_cpu: bool) -> int:
+    """Return how many workers keep up with what consumes the images: at least 1, and no more than there are cores.
+
+    On a CPU both live on the same cores: with all of them busy, decoding takes its part of the time of an image, and so
+    many cores; rounded up, for a worker that waits costs nothing.
+
+    Args:
+        decoding: seconds that a worker takes for an image.
+        consuming: seconds that all cores together take for it, or the other device.
+        cores: what this process has.
+        on_cpu: whether the cores consume too.
+    """
+    busy = cores * decoding / (decoding + cores * consuming) if on_cpu else decoding / consuming
+    return max(1, min(cores, math.ceil(busy)))
 
 
 class WorkerPool(Generic[Request, Result]):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from timm import create_model
 from timm.data import Mixup
@@ -32,11 +32,17 @@ from ..data import (
     train_loader,
 )
 from ..data.image_source import some_of
+from ..data.loaders import Workers
 from ..data.memory import AUGMENTS
+from ..data.workers import workers_beside
 from ..loading import check_architecture, check_labels, check_model_name, load_model
 from ..recipe import DataConfig, Recipe
 from ..stages import find_stages, stage_activations
 from ..tasks import DistillationTask, Setting, TeacherConfig
+from ..threads import cores_per_process
+
+Processes: TypeAlias = Accelerator | PartialState
+"""The processes of a run and the device of this one, before and after it is known how they compute."""
 
 
 def check_trackers(names: Sequence[str], accelerator: Accelerator) -> None:
@@ -163,7 +169,7 @@ def keep_frozen(model: nn.Module) -> None:
             module.eval()
 
 
-def memory_format(recipe: Recipe, accelerator: Accelerator) -> torch.memory_format:
+def memory_format(recipe: Recipe, processes: Processes) -> torch.memory_format:
     """The layout that the recipe asks for, or the faster one.
 
     On CPU that is channels_last for every convolutional network that the benchmark measures, by 5 to 25 %; on
@@ -172,11 +178,11 @@ def memory_format(recipe: Recipe, accelerator: Accelerator) -> torch.memory_form
     Raises:
         ValueError: channels_last is asked of FSDP.
     """
-    channels_last, sharded = recipe.run.channels_last, accelerator.distributed_type == DistributedType.FSDP
+    channels_last, sharded = recipe.run.channels_last, processes.distributed_type == DistributedType.FSDP
     if sharded and channels_last:
         raise ValueError("FSDP shards no weights that lie in channels_last; leave --channels-last out")
     if channels_last is None:
-        channels_last = not sharded and (accelerator.device.type != "cuda" or recipe.run.precision != "no")
+        channels_last = not sharded and (processes.device.type != "cuda" or recipe.run.precision != "no")
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
@@ -201,13 +207,25 @@ def make_loaders(
     eval_source: ImageSource,
     layout: torch.memory_format,
     accelerator: Accelerator,
+    seconds_per_image: Callable[[], float] | None = None,
 ) -> Loaders:
-    """Training and evaluation batches for this process."""
+    """Training and evaluation batches for this process.
+
+    Args:
+        seconds_per_image: what a training image takes; asked only where decoding has to keep up with it.
+    """
     data, batch_size = recipe.data, recipe.optim.batch_size
+
+    def workers(share: float) -> Workers:
+        """As many as keep up where an image takes `share` of its time in training."""
+        if data.workers is not None or seconds_per_image is None:
+            return data.workers
+        cores, on_cpu = cores_per_process(accelerator.num_processes), accelerator.device.type == "cpu"
+        return lambda decoding: workers_beside(decoding, share * seconds_per_image(), cores, on_cpu)
+
     shared: dict[str, Any] = {
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
-        "workers": data.workers,
         "in_memory": data.in_memory,
         "memory_format": layout,
     }
@@ -220,9 +238,12 @@ def make_loaders(
         augment=augment,
         drop_last=data.drop_last,
         pair_classes=any(method.pairs_classes for method in recipe.methods),
+        workers=workers(1.0),
         **shared,
     )
-    return Loaders(train_batches, eval_loader(eval_source, spec, max(batch_size, 250), **shared))
+    # Of a training step the forward pass is about a third.
+    eval_batches = eval_loader(eval_source, spec, max(batch_size, 250), workers=workers(1 / 3), **shared)
+    return Loaders(train_batches, eval_batches)
 
 
 def check_batch_of_one(recipe: Recipe, model: nn.Module, spec: ImageSpec, batches: Loader) -> None:

@@ -1,6 +1,6 @@
 """The one training loop, under every recipe: from a resolved `Recipe` to a run folder with an export.
 
-In order: process and seed, data, model and task, optimisation, what is on disk, resume, epochs, export.
+In order: processes, data and precision, model and task, optimisation, what is on disk, resume, epochs, export.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env, set_seed
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -49,6 +50,7 @@ from .build import (
     open_sources,
 )
 from .curves import draw_curves
+from .precision import settle_precision, training_seconds
 from .progress import NonFiniteLoss, Progress, StopSignal, TermSums
 from .run_folder import RunFolder
 
@@ -65,10 +67,14 @@ def train(recipe: Recipe) -> Path:
         ValueError: settings or data that cannot work, in one line that names the mend.
         NonFiniteLoss: a loss became NaN or infinite; the checkpoints are from before that.
     """
-    optim, run = recipe.optim, recipe.run
-
-    # --- process and seed ---------------------------------------------------------------------------------------------
+    # --- processes, data and precision --------------------------------------------------------------------------------
     keep_freed_memory()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    threads = use_threads(recipe.run.threads, state.num_processes)
+    check_network(recipe)
+    train_source, eval_source = open_sources(recipe.data)
+    recipe, precision = settle_precision(recipe, len(train_source), state)
+    optim, run = recipe.optim, recipe.run
     accelerator = Accelerator(
         mixed_precision=run.precision,
         log_with=list(run.trackers) or None,
@@ -76,19 +82,17 @@ def train(recipe: Recipe) -> Path:
         # The task's buffers are equal on every process by construction; BatchNorm statistics are each process's own.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    threads = use_threads(run.threads, accelerator.num_processes)
     check_trackers(run.trackers, accelerator)
     set_seed(run.seed)
 
-    # --- data, model and task -----------------------------------------------------------------------------------------
-    check_network(recipe)
-    train_source, eval_source = open_sources(recipe.data)
+    # --- batches, model and task --------------------------------------------------------------------------------------
     with accelerator.main_process_first():  # one process downloads, the others find it there
         model = make_network(recipe, train_source.num_classes)
     freeze_layers(model, optim.freeze)
     layout = memory_format(recipe, accelerator)
     spec = image_spec(recipe, model)
-    train_batches, eval_batches = make_loaders(recipe, spec, train_source, eval_source, layout, accelerator)
+    pace = cache(partial(training_seconds, recipe, accelerator))
+    train_batches, eval_batches = make_loaders(recipe, spec, train_source, eval_source, layout, accelerator, pace)
     check_batch_of_one(recipe, model, spec, train_batches)
     mixup = make_mixup(recipe, train_source, accelerator.num_processes)
     task = make_task(recipe, model, spec, train_source, len(train_batches)).to(memory_format=layout)
@@ -146,7 +150,7 @@ def train(recipe: Recipe) -> Path:
         f"{recipe.model}, {recipe.name}: {train_batches.describe()}\n"
         f"evaluated on {eval_source.describe()}\n"
         f"{optim.epochs} epochs of {steps_per_epoch} steps on {accelerator.num_processes} process(es) of {threads} "
-        f"thread(s), global batch "
+        f"thread(s), {precision}, global batch "
         f"{optim.batch_size * accelerator.num_processes * optim.accumulate}\n"
         f"{'resuming at step ' + str(progress.step) + ' in' if checkpoint else 'writing to'} {folder.path}"
     )

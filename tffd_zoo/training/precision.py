@@ -1,0 +1,176 @@
+"""Precision and compilation of a run, where the recipe leaves them open: what computes its steps fastest, as measured.
+
+No flag of a processor tells. Of two CPUs with AVX512_BF16 the one took two thirds of float32's time in bf16, the other
+a quarter more than it (ResNet-20, batch 128): so a few steps are timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from timm import create_model
+from torch.nn.functional import cross_entropy
+
+from ..json_files import read_json
+from ..recipe import Precision, Recipe, RunConfig
+from ..run_record import MEND, RECIPE
+from .build import Processes, image_spec, memory_format
+
+WORTH_MEASURING = 100
+"""Steps of the shortest run whose precision is measured: measuring takes about a dozen of them."""
+WORTH_COMPILING = 30.0
+"""Minutes of the shortest run for which compiled steps are measured: compiling takes up to a minute, twice over."""
+WORTH = 0.95
+"""Share of the time, at most, that bf16 or a compiled step has to take."""
+PIXELS = 128 * 32 * 32
+"""Pixels of a timed batch on CPU, where time grows with them alone; other devices get the whole batch."""
+ROUNDS, SECONDS = 5, 10.0
+"""Each candidate is timed so many times, in turns, unless that takes longer."""
+
+
+class Settled(NamedTuple):
+    """A recipe that leaves nothing of its precision open."""
+
+    recipe: Recipe
+    why: str
+    """For the log: what is used and for what reason."""
+
+
+def settle_precision(recipe: Recipe, images: int, state: PartialState) -> Settled:
+    """Choose what `recipe` leaves open of its precision and compilation, the same on every process.
+
+    A run that is resumed keeps what it began with.
+
+    Args:
+        recipe: what is to run.
+        images: of the training source.
+        state: the processes of the run and their device.
+    """
+    run = recipe.run
+    if run.precision != "auto" and run.compile is not None:
+        return Settled(recipe, _told(run.precision, run.compile, "as the recipe says"))
+    choice = None
+    if state.is_main_process:
+        begun = recipe.folder / RECIPE
+        choice = _as_begun(run, begun) if begun.exists() else _choose(recipe, images, state)
+    precision, compiled, reason = broadcast_object_list([choice])[0]
+    settled = replace(recipe, run=replace(run, precision=precision, compile=compiled))
+    return Settled(settled, _told(precision, compiled, reason))
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether `device` has instructions for bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def _told(precision: Precision, compiled: bool, reason: str) -> str:
+    return f"{'float32' if precision == 'no' else precision}, {'compiled' if compiled else 'eager'} ({reason})"
+
+
+def _as_begun(run: RunConfig, begun: Path) -> tuple[Precision, bool, str]:
+    recorded = read_json(begun, MEND)["run"]
+    precision = recorded["precision"] if run.precision == "auto" else run.precision
+    return precision, recorded["compile"] if run.compile is None else run.compile, "as the run began"
+
+
+def _choose(recipe: Recipe, images: int, state: PartialState) -> tuple[Precision, bool, str]:
+    """(precision, whether to compile, why)."""
+    run, optim = recipe.run, recipe.optim
+    step_images = optim.batch_size * optim.accumulate
+    steps = optim.epochs * images // (step_images * state.num_processes)
+    steps = min(steps, run.max_steps or steps)
+    candidates: list[Precision] = [run.precision]
+    if run.precision == "auto":
+        candidates = ["no", "bf16"] if native_bf16(state.device) else ["no"]
+    if steps < WORTH_MEASURING:
+        return candidates[0], bool(run.compile), f"{steps} steps are too few to measure what is faster"
+    if len(candidates) == 1 and run.compile is not None:
+        return candidates[0], run.compile, "this device has no bf16 instructions"
+
+    precision, reasons = candidates[0], []
+    eager: dict[str, Trial] = {name: Trial(recipe, name, state) for name in candidates}
+    seconds = seconds_per_image(eager, state.device)
+    if len(candidates) > 1:
+        share = seconds["bf16"] / seconds["no"]
+        precision = "bf16" if share <= WORTH else "no"
+        reasons.append(f"bf16 takes {share:.2f} of float32's time here")
+    if run.compile is not None:
+        return precision, run.compile, reasons[0]
+
+    minutes = seconds[precision] * steps * step_images / 60
+    if minutes < WORTH_COMPILING:
+        return precision, False, ", ".join([*reasons, f"a run of {minutes:.0f} minutes is too short to compile"])
+    try:
+        trials = {"eager": eager[precision], "compiled": Trial(recipe, precision, state, compiled=True)}
+        seconds = seconds_per_image(trials, state.device)
+    except RuntimeError:  # what torch.compile raises without a C++ compiler or Triton
+        return precision, False, ", ".join([*reasons, "nothing compiles here"])
+    share = seconds["compiled"] / seconds["eager"]
+    return precision, share <= WORTH, ", ".join([*reasons, f"compiled it takes {share:.2f} of eager's time"])
+
+
+class Trial:
+    """Forward and backward pass of a recipe's model with cross-entropy, on random images."""
+
+    def __init__(self, recipe: Recipe, precision: Precision, state: Processes, compiled: bool = False) -> None:
+        recipe = replace(recipe, run=replace(recipe.run, precision=precision))
+        layout = memory_format(recipe, state)
+        model = create_model(recipe.model).train()
+        size = image_spec(recipe, model).input_size
+        self.images = recipe.optim.batch_size
+        if state.device.type == "cpu":
+            self.images = min(self.images, max(8, PIXELS // (size[1] * size[2])))
+        self._model = model.to(state.device).to(memory_format=layout)
+        self._forward = torch.compile(self._model, dynamic=False) if compiled else self._model
+        self._batch = torch.randn(self.images, *size, device=state.device).to(memory_format=layout)
+        self._targets = torch.zeros(self.images, dtype=torch.int64, device=state.device)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self._autocast = torch.autocast(state.device.type, dtype, enabled=dtype is not None)
+
+    def __call__(self) -> None:
+        with self._autocast:
+            loss = cross_entropy(self._forward(self._batch).float(), self._targets)
+        loss.backward()
+        self._model.zero_grad()
+
+
+def training_seconds(recipe: Recipe, state: Processes) -> float:
+    """Seconds that an image takes in a training step of `recipe`."""
+    with torch.random.fork_rng(devices=[]):  # neither its weights nor its images are to be drawn at the run's expense
+        return seconds_per_image({"": Trial(recipe, recipe.run.precision, state)}, state.device)[""]
+
+
+def seconds_per_image(trials: Mapping[str, Trial], device: torch.device) -> dict[str, float]:
+    """Time trials in turns, so that a busy machine is busy for all of them; the fastest pass of each counts."""
+    for trial in trials.values():
+        trial()
+    best = dict.fromkeys(trials, inf)
+    started = time.perf_counter()
+    for _ in range(ROUNDS):
+        for name, trial in trials.items():
+            _wait(device)
+            begun = time.perf_counter()
+            trial()
+            _wait(device)
+            best[name] = min(best[name], (time.perf_counter() - begun) / trial.images)
+        if time.perf_counter() - started > SECONDS:
+            break
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
