@@ -328,6 +328,9 @@ def test_fsdp_takes_the_steps_of_ddp_and_resumes(tmp_path: Path) -> None:
         )
     assert (tmp_path / "fsdp" / "checkpoints" / "step-00000004" / "pytorch_model_fsdp.bin").exists()
     assert_same_weights(tmp_path / "ddp", tmp_path / "fsdp")
+    # Each process goes on with sums of its own, so the means over the epoch are those of the run that never stopped.
+    whole, resumed = (read_metrics(tmp_path / name / "metrics.jsonl")[-1]["train"] for name in ("ddp", "fsdp"))
+    assert resumed == pytest.approx(whole, rel=1e-6)
 
 
 def sharded_recipe(output: Path, steps: int) -> Recipe:

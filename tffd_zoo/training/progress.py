@@ -69,6 +69,7 @@ class TermSums:
         self.sums: dict[str, Tensor] = {}
         self.images: dict[str, int] = {}
         self.first_bad: dict[str, Tensor] = {}
+        self._by_process = torch.empty(self.accelerator.num_processes, 0, 3, dtype=torch.float64)
 
     def add(self, terms: Mapping[str, Tensor], images: int, step: int) -> None:
         """Add the terms of a batch: every 0-dim one."""
@@ -95,11 +96,13 @@ class TermSums:
         if not names:
             return {}
         totals = torch.stack([*self.sums.values()])
-        counts = torch.tensor([float(self.images[name]) for name in names], dtype=totals.dtype, device=totals.device)
-        means = self.accelerator.reduce(totals) / self.accelerator.reduce(counts)
-        bad_steps = self.accelerator.gather(torch.stack([*self.first_bad.values()])[None]).amax(dim=0)
-        values, steps = means.tolist(), bad_steps.tolist()
-        broken = [(step, name) for name, step in zip(names, steps, strict=True) if step >= 0]
+        images = torch.tensor([self.images[name] for name in names], dtype=totals.dtype, device=totals.device)
+        first_bad = torch.stack([*self.first_bad.values()]).to(totals.dtype)
+        mine = torch.stack([totals, images, first_bad], dim=1)[None]
+        self._by_process = self.accelerator.gather(mine).cpu()  # the one wait for the device
+        totals, images = self._by_process[..., :2].sum(0).unbind(1)
+        broken = [(step, name) for name, step in zip(names, self._by_process[..., 2].amax(0).tolist(), strict=True)]
+        broken = [(int(step), name) for step, name in broken if step >= 0]
         if broken:
             step = min(step for step, _ in broken)
             terms = ", ".join(f"'{name}'" for at, name in broken if at == step)
@@ -107,13 +110,22 @@ class TermSums:
                 f"loss {terms} was not finite at step {step}; the checkpoints are from before that: lower --lr or the "
                 "weight of that loss, and pass --output with a new folder"
             )
-        return dict(zip(names, values, strict=True))
+        return dict(zip(names, (totals / images).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "images": self.images, "first_bad": self.first_bad}
+        """The sums of every process as of the last report, for one process writes the checkpoint of all."""
+        assert self._by_process.shape[1] == len(self.sums), "a checkpoint follows a report"
+        return {"names": list(self.sums), "by_process": self._by_process}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.images, self.first_bad = state["sums"], state["images"], state["first_bad"]
+        self.reset()
+        device = self.accelerator.device
+        mine = state["by_process"][self.accelerator.process_index]
+        for name, (total, images, first_bad) in zip(state["names"], mine, strict=True):
+            self.sums[name] = total.to(device)
+            self.images[name] = int(images)
+            self.first_bad[name] = first_bad.long().to(device)
+        self._by_process = state["by_process"]
 
 
 class StopSignal:
