@@ -62,18 +62,16 @@ from tffd_zoo.training import train
 
 TFFD = Recipe(
     name="tffd",
-    tag="c100",
     model="tffd_resnet20",
     data=DataConfig(source="uoft-cs/cifar100"),
     optim=OptimConfig(epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4),
     tffd=CANONICAL,
 )
-PLAIN = vary(TFFD, "plain", tag="ce_c100", tffd=None)
+PLAIN = vary(TFFD, "plain", tffd=None)
 # The author's recipe: Nesterov, reflect-padding, batch 128, lr 0.1.
 REFERENCE_RUN = vary(
     TFFD,
     "reference",
-    tag="reference_c100",
     tffd=REFERENCE,
     data={"padding_mode": "reflect"},
     optim={"opt": "sgd", "batch_size": 128, "lr": 0.1},
@@ -81,17 +79,17 @@ REFERENCE_RUN = vary(
 
 # A schedule that gets far in few epochs: warm-up and cosine, Nesterov. All short runs share it, so they are paired.
 SHORT = {
-    "epochs": 15, "batch_size": 128, "lr": 0.2, "opt": "sgd", "sched": "cosine", "warmup_epochs": 2.0,
+    "epochs": 15, "batch_size": 128, "lr": 0.2, "opt": "sgd", "sched": "cosine", "lr_warmup_epochs": 2.0,
 }  # fmt: skip
 SHARES = TfFDConfig(share_intra=0.05, share_inter=0.05)
 SHARE = vary(TFFD, "share", tffd=SHARES)
 SHORT_TFFD = vary(TFFD, "short-tffd", optim=SHORT)
 SHORT_SHARE = vary(SHORT_TFFD, "short-share", tffd=SHARES)
-SHORT_PLAIN = vary(SHORT_TFFD, "short-plain", tag="ce_c100", tffd=None)
-SHORT_REFERENCE = vary(SHORT_TFFD, "short-reference", tag="reference_c100", tffd=REFERENCE)
+SHORT_PLAIN = vary(SHORT_TFFD, "short-plain", tffd=None)
+SHORT_REFERENCE = vary(SHORT_TFFD, "short-reference", tffd=REFERENCE)
 
 RESNET18 = vary(SHORT_TFFD, "resnet18", model="tffd_resnet18", data={"image_size": 32}, optim={"epochs": 12})
-RESNET18_PLAIN = vary(RESNET18, "resnet18-plain", tag="ce_c100", tffd=None)
+RESNET18_PLAIN = vary(RESNET18, "resnet18-plain", tffd=None)
 
 # --- the experiments --------------------------------------------------------------------------------------------------
 
@@ -114,7 +112,7 @@ def experiments(plain: Recipe, share: Recipe, reference: Recipe, prefix: str = "
     """Every experiment as a variant of three recipes of one length, its name after `prefix`."""
 
     def variant(base: Recipe, name: str, **changes: Any) -> Recipe:
-        return vary(base, prefix + name, **{"tag": f"{name.replace('-', '_')}_c100", **changes})
+        return vary(base, prefix + name, **changes)
 
     # Tf-FD: salience, feature losses, ablations, further settings.
     for salience in ("spread", "entropy", "bn_scale"):
@@ -175,7 +173,9 @@ def experiments(plain: Recipe, share: Recipe, reference: Recipe, prefix: str = "
         yield taught(plain, "kd-crd", KDConfig(weight=0.9, takes_ce=0.9))
         yield taught(share, "tffd-kd", KDConfig())
         if student == "resnet20":
-            yield taught(reference, "reference-kd", KDConfig(warmup=REFERENCE.warmup, whole_epochs=True))
+            yield taught(
+                reference, "reference-kd", KDConfig(warmup_fraction=REFERENCE.warmup_fraction, whole_epochs=True)
+            )
 
 
 # A trained student learns other classes, its body at a tenth of the head's rate. The twin: --tffd None.
@@ -193,9 +193,8 @@ FINETUNE = vary(
 QUICKSTART = vary(
     TFFD,
     "quickstart",
-    tag="digits",
     data={"source": "digits", "image_size": 16},
-    optim={"epochs": 8, "batch_size": 64, "lr": 0.1, "sched": "cosine", "warmup_epochs": 1.0},
+    optim={"epochs": 8, "batch_size": 64, "lr": 0.1, "sched": "cosine", "lr_warmup_epochs": 1.0},
     run={"log_every": 5},
 )
 

@@ -30,27 +30,25 @@ from tffd_zoo.training import train
 
 TFFD = Recipe(
     name="imagenet-tffd",
-    tag="in1k",
     model="tffd_resnet18",
     data=DataConfig(source="ILSVRC/imagenet-1k", augment="rrc_flip"),
     optim=OptimConfig(
         epochs=100, batch_size=256, lr=0.1, weight_decay=1e-4, milestones=(0.3, 0.6, 0.9), label_smoothing=0.1
     ),
-    tffd=TfFDConfig(pairs="neighbours", warmup=5 / 100, decay="edt"),
+    tffd=TfFDConfig(pairs="neighbours", warmup_fraction=5 / 100, decay="edt"),
 )
-PLAIN = vary(TFFD, "imagenet-plain", tag="ce_in1k", tffd=None)
-OFF = vary(TFFD, "imagenet-off", tffd=TfFDConfig(pairs="neighbours", warmup=5 / 100, decay="off"))
+PLAIN = vary(TFFD, "imagenet-plain", tffd=None)
+OFF = vary(TFFD, "imagenet-off", tffd=TfFDConfig(pairs="neighbours", warmup_fraction=5 / 100, decay="off"))
 FINETUNE = vary(
     TFFD,
     "finetune",
-    tag="ft_in1k",
     model="resnet50.a1_in1k",
     pretrained=True,
     optim={
         "epochs": 20, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05, "opt": "adamw", "sched": "cosine",
-        "warmup_epochs": 1.0, "decay_norm_and_bias": False, "layer_decay": 0.75,
+        "lr_warmup_epochs": 1.0, "decay_norm_and_bias": False, "layer_decay": 0.75,
     },
-    tffd=TfFDConfig(pairs="neighbours", share_intra=0.05, share_inter=0.05, warmup=1 / 20),
+    tffd=TfFDConfig(pairs="neighbours", share_intra=0.05, share_inter=0.05, warmup_fraction=1 / 20),
 )  # fmt: skip
 
 PRESETS = {"tffd": TFFD, "plain": PLAIN, "off": OFF, "finetune": FINETUNE}

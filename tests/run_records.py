@@ -11,12 +11,11 @@ from tffd_zoo.tasks import CANONICAL
 
 PLAIN = Recipe(
     name="plain",
-    tag="ce_c100",
     model="tffd_resnet20",
     data=DataConfig(source="uoft-cs/cifar100"),
     optim=OptimConfig(epochs=2, batch_size=64, lr=0.1, weight_decay=5e-4),
 )
-TFFD = vary(PLAIN, "tffd", tag="c100", tffd=CANONICAL)
+TFFD = vary(PLAIN, "tffd", tffd=CANONICAL)
 
 
 def write_run(folder: Path, recipe: Recipe, seed: int, top1: float, **changes: Any) -> Path:

@@ -30,13 +30,12 @@ from tffd_zoo.tasks import CANONICAL, KDConfig, TeacherConfig
 MODEL_CARD = Path(__file__).parents[1] / "MODEL_CARD.md"
 TFFD = Recipe(
     name="tffd",
-    tag="c100",
     model="tffd_resnet20",
     data=DataConfig(source="cifar100"),
     optim=OptimConfig(epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4),
     tffd=CANONICAL,
 )
-PLAIN = vary(TFFD, "plain", tag="ce_c100", tffd=None)
+PLAIN = vary(TFFD, "plain", tffd=None)
 EVALUATION = {"split": "test", "revision": "abc123", "held_out": 0}
 METRICS = {
     **asdict(EvalResult(10_000, 6_912, 9_134, 69.12, 91.34, 1.2345, 5.67, 4.0, 2500.0)),
@@ -99,7 +98,7 @@ def test_the_hubs_client_reads_back_what_the_records_say() -> None:
 
 
 def test_a_data_set_that_is_not_on_the_hub_is_not_named_as_one() -> None:
-    recipe = vary(TFFD, "digits", tag="digits", data={"source": "digits"})
+    recipe = vary(TFFD, "digits", data={"source": "digits"})
     config = CONFIG | {"num_classes": 10}
     info = CardInfo("tffd_resnet20", "digits", config, recipe.to_dict(), METRICS)
     front = yaml.safe_load(render_card(info).split("---")[1])
@@ -109,7 +108,7 @@ def test_a_data_set_that_is_not_on_the_hub_is_not_named_as_one() -> None:
 
 @pytest.mark.parametrize(("source", "datasets"), [("org/birds", ["org/birds"]), ("my birds", None)])
 def test_a_data_set_of_the_users_own_is_called_what_the_recipe_calls_it(source: str, datasets: Any) -> None:
-    card = render_card(card_info(vary(TFFD, "birds", tag="birds", data={"source": source})))
+    card = render_card(card_info(vary(TFFD, "birds", data={"source": source})))
     assert ModelCard(card).data.get("datasets") == datasets
     assert f"trained on {source} with" in card
 

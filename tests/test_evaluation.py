@@ -246,7 +246,6 @@ def write_export(model: nn.Module, folder: Path, label_names: Sequence[str]) -> 
         model,
         folder,
         architecture="resnet10t",
-        tag="test",
         recipe={
             "name": "test",
             "data": {"source": "digits", "augment": "none", "train_split": "train", "eval_split": "test", "holdout": 0},

@@ -179,7 +179,7 @@ def test_a_task_has_the_parameter_gradients_of_the_plain_loss_where_sizes_do_not
     model = timm.create_model(name, num_classes=10)
     images, targets = torch.randn(2, 3, size, size), torch.tensor([1, 2])
     parameters = list(model.parameters())
-    config = replace(CANONICAL, lambda_intra=0.0, warmup=0.0)
+    config = replace(CANONICAL, lambda_intra=0.0, warmup_fraction=0.0)
     lean = torch.autograd.grad(TfFDTask(model, config)(images, targets)["loss"], parameters)
 
     final, features = model.forward_intermediates(images, indices=list(find_stages(model).indices))

@@ -279,7 +279,6 @@ def test_blended_images_have_no_class_to_go_by(objective: Objective) -> None:
 
 RECIPE = Recipe(
     name="test",
-    tag="digits",
     model="tffd_resnet20",
     data=DataConfig(source="digits", image_size=SIZE, augment="none"),
     optim=OptimConfig(epochs=2, batch_size=512, lr=0.05, weight_decay=5e-4),

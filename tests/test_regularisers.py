@@ -193,7 +193,6 @@ def test_settings_that_make_no_sense_are_named(settings: dict[str, Any], message
 
 RECIPE = Recipe(
     name="test",
-    tag="digits",
     model="tffd_resnet20",
     data=DataConfig(source="digits", image_size=SIZE, augment="none", drop_last=True),
     optim=OptimConfig(epochs=2, batch_size=512, lr=0.05, weight_decay=5e-4),

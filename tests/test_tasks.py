@@ -39,7 +39,7 @@ def a_batch(images: int = 8, size: int = 16) -> tuple[Tensor, Tensor]:
     )
 
 
-UNSCHEDULED = replace(CANONICAL, warmup=0.0)
+UNSCHEDULED = replace(CANONICAL, warmup_fraction=0.0)
 
 
 # --- parity of the reference setting ----------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_a_schedule_without_the_length_of_the_run_is_refused() -> None:
         {"salience_momentum": 0.9, "rank_every": 2},
         {"rank_every": 3},
         {"share_intra": 0.05},
-        {"warmup": 0.5},
+        {"warmup_fraction": 0.5},
     ],
     ids=["averaged salience", "kept salience", "chosen lambda", "warm-up"],
 )

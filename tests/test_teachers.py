@@ -47,9 +47,9 @@ def a_batch(images: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:
     )
 
 
-OFFLINE = TeacherConfig(model="a teacher", warmup=0.0)
+OFFLINE = TeacherConfig(model="a teacher", warmup_fraction=0.0)
 ONLINE = replace(OFFLINE, paradigm="online")
-BRANCHES = TeacherConfig("branches", warmup=0.0)
+BRANCHES = TeacherConfig("branches", warmup_fraction=0.0)
 LOGITS_ONLY = replace(OFFLINE, lambda_features=0.0)
 
 
@@ -111,7 +111,7 @@ def test_standardised_logits_have_mean_0_and_deviation_1_whatever_their_scale() 
 
 
 def test_a_frozen_teachers_features_are_matched_by_mean_squared_error() -> None:
-    task, (images, targets) = a_task(replace(OFFLINE, lambda_features=0.5, warmup=0.5)), a_batch()
+    task, (images, targets) = a_task(replace(OFFLINE, lambda_features=0.5, warmup_fraction=0.5)), a_batch()
     for _ in range(3):
         result = task(images, targets)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_distillation_may_take_its_weight_from_cross_entropy() -> None:
 
 
 def test_the_authors_warm_up_of_distillation_counts_whole_epochs_from_1() -> None:
-    task, batch = a_task(LOGITS_ONLY, KDConfig(warmup=0.75, whole_epochs=True)), a_batch()
+    task, batch = a_task(LOGITS_ONLY, KDConfig(warmup_fraction=0.75, whole_epochs=True)), a_batch()
     weights = [task(*batch)["loss_weight/kd"].item() for _ in range(8)]  # two batches in each of four epochs
     assert weights == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1, 1])
 
@@ -293,10 +293,10 @@ def test_branches_of_a_network_whose_stages_read_more_than_features_are_refused(
 # --- state and export -------------------------------------------------------------------------------------------------
 
 EXPERIMENTS: dict[str, tuple[TeacherConfig, KDConfig | None]] = {
-    "offline": (replace(OFFLINE, warmup=0.5), None),
-    "online": (replace(ONLINE, warmup=0.5), None),
+    "offline": (replace(OFFLINE, warmup_fraction=0.5), None),
+    "online": (replace(ONLINE, warmup_fraction=0.5), None),
     "branches": (replace(BRANCHES, lambda_features=0.1), None),
-    "kd": (LOGITS_ONLY, KDConfig(standardise=True, warmup=0.5)),
+    "kd": (LOGITS_ONLY, KDConfig(standardise=True, warmup_fraction=0.5)),
     "features and kd": (OFFLINE, KDConfig()),
 }
 
@@ -383,7 +383,6 @@ def test_settings_of_distillation_that_make_no_sense_are_named(settings: dict[st
 
 RECIPE = Recipe(
     name="test",
-    tag="digits",
     model="tffd_resnet20",
     data=DataConfig(source="digits", image_size=SIZE, augment="none"),
     optim=OptimConfig(epochs=2, batch_size=512, lr=0.05, weight_decay=5e-4),
@@ -408,7 +407,7 @@ def test_a_recipe_loads_its_teacher_from_a_weights_file(teacher_file: Path) -> N
     teacher = TeacherConfig(model="tffd_resnet20", weights=teacher_file)
     task = task_of(vary(RECIPE, "test", teacher=replace(teacher, kd=KDConfig())))
     images, targets = a_batch()
-    expected = a_task(replace(teacher, warmup=0.0), KDConfig())(images, targets)
+    expected = a_task(replace(teacher, warmup_fraction=0.0), KDConfig())(images, targets)
     result = task(images, targets)
     assert torch.equal(result["features"], expected["features"])
     assert torch.equal(result["kd"], expected["kd"])

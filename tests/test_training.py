@@ -32,7 +32,6 @@ ROOT = Path(__file__).parents[1]
 # Handwritten digits at 8 px: an epoch of 12 steps takes a second or two.
 BASE = Recipe(
     name="test",
-    tag="digits",
     model="tffd_resnet20",
     data=DataConfig(source="digits", image_size=8),
     optim=OptimConfig(epochs=2, batch_size=128, lr=0.05, weight_decay=5e-4),
@@ -367,7 +366,7 @@ def two_process_recipe(output: Path, processes: int) -> Recipe:
         model="convnext_atto",
         data={"image_size": 32},
         optim={"batch_size": 480 // processes, "epochs": 1, "lr": 0.01},  # 1,437 images: the last batch is uneven
-        tffd=replace(CANONICAL, warmup=0.0, share_intra=0.05),
+        tffd=replace(CANONICAL, warmup_fraction=0.0, share_intra=0.05),
         run={"measure_every": 2},
     )
 

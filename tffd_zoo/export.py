@@ -33,6 +33,7 @@ from .evaluation import EvalResult, model_cost
 from .known_data import data_tag, portable, portable_recipe, portable_source
 from .models import tffd_imagenet
 from .run_record import CURVES, ENVIRONMENT, EXPORT, RECIPE, RunRecord, weights_file
+from .tasks import method_tag
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -350,10 +351,9 @@ def _write_card(folder: Path, *, twin: Twin | None = None, repo: str | None = No
 
 
 def _tag_of_run(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """The method of the recipe's tag, and the data that it was trained on in fact, which `--data` may have changed."""
-    method = recipe["tag"].rpartition("_")[0]
+    """What taught it and what it was trained on."""
     trained_on = data_tag(portable_source(data["source"], data["revision"]), len(data["label_names"]))
-    return f"{method}_{trained_on}" if method else trained_on
+    return "_".join(filter(None, [method_tag(recipe), trained_on]))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

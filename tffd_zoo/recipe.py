@@ -102,15 +102,15 @@ class OptimConfig:
     sched: Literal["multistep", "cosine", "linear", "constant"] = "multistep"
     """Learning-rate schedule; 'cosine' and 'linear' end at zero."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
-    """Where 'multistep' decays, as shares of the run: 150, 180 and 210 of 240 epochs."""
+    """Where 'multistep' decays, as parts of the run: 150, 180 and 210 of 240 epochs."""
     decay_rate: float = 0.1
     """Factor of 'multistep' at each milestone."""
-    warmup_epochs: float = 0.0
-    """Epochs of linear learning-rate warm-up, inside the run."""
+    lr_warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises linearly, inside the run."""
     layer_decay: float | None = None
     """Multiply the learning rate by this once for each of timm's layer groups below the head."""
     layer_decay_min: float = 0.0
-    """Never below this share: with both at 0.1 the whole body learns at a tenth of the head's rate."""
+    """Never below this part: with both at 0.1 the whole body learns at a tenth of the head's rate."""
     freeze: int = 0
     """Freeze so many of timm's coarse layer groups, BatchNorm statistics too: 1 is the stem, 2 stem and first stage."""
     accumulate: int = 1
@@ -169,8 +169,6 @@ class Recipe:
 
     name: str
     """Name of the recipe, for folders and records."""
-    tag: str
-    """Tag of the exported weights, as in tffd_resnet20.c100."""
     model: str
     """Any timm model; with --pretrained also hf-hub:org/name or local-dir:FOLDER."""
     data: Annotated[DataConfig, tyro.conf.arg(name="")]
@@ -221,6 +219,10 @@ def vary(recipe: Recipe, name: str, **changes: Any) -> Recipe:
     return dataclasses.replace(recipe, name=name, **sections)
 
 
+DERIVED = {"tag"}
+"""What earlier versions recorded and is now worked out from the rest."""
+
+
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Names of the fields that make two recipes (as dicts) different runs.
 
@@ -228,7 +230,7 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
     is no difference.
     """
     found = []
-    for key in sorted({*mine, *theirs}):
+    for key in sorted({*mine, *theirs} - DERIVED):
         name, a, b = f"{prefix}{key}", mine.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{name}.")

@@ -42,7 +42,7 @@ PILOT = Study(
 
 # Compilation would take as long as it saves in so short a run; bf16 saves two fifths of the time on a CPU that has it.
 SCREEN = {
-    "optim": {"epochs": 2, "warmup_epochs": 0.4},
+    "optim": {"epochs": 2, "lr_warmup_epochs": 0.4},
     "data": {"holdout": 5000},
     "run": {"compile": False, "precision": "bf16"},
 }
@@ -207,7 +207,7 @@ ABLATIONS = Study(
 BUDGET = vary(
     SHORT_PLAIN,
     "budget",
-    optim={"epochs": 20, "sched": "linear", "warmup_epochs": 1.0, "ema_decay": 0.999},
+    optim={"epochs": 20, "sched": "linear", "lr_warmup_epochs": 1.0, "ema_decay": 0.999},
     data={"holdout": 5000, "augment": "pad_crop_turns"},
 )
 
@@ -232,7 +232,7 @@ BUDGETS = Study(
         budget_row("wd10", "weight decay 1e-3", optim={"weight_decay": 1e-3}),
         budget_row("batch256", "batch 256, rate 0.4", optim={"batch_size": 256, "lr": 0.4}),
         budget_row("smooth10", "label smoothing 0.1", optim={"label_smoothing": 0.1}),
-        budget_row("warmup3", "warm-up of 3 epochs", optim={"warmup_epochs": 3.0}),
+        budget_row("warmup3", "warm-up of 3 epochs", optim={"lr_warmup_epochs": 3.0}),
     ),
 )
 
@@ -243,7 +243,7 @@ DIGITS = Study(
     "digits",
     "do studies work on this machine? (scikit-learn's digits, a few minutes)",
     (
-        Row(vary(DIGITS_SHARE, "digits-plain", tag="ce_digits", tffd=None), "cross-entropy alone"),
+        Row(vary(DIGITS_SHARE, "digits-plain", tffd=None), "cross-entropy alone"),
         Row(DIGITS_SHARE, "Tf-FD, gradient shares of 5 %", "digits-plain"),
     ),
     seeds=(0, 1),

@@ -1,5 +1,10 @@
 """Training tasks: a module whose forward returns the loss, the logits and every named term."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from .base import DistillationTask, Objective, StagedModel, View, Weight
 from .method import Method, Setting
 from .neighbours import BYOT, CSKD, PSKD, BYOTConfig, CSKDConfig, PSKDConfig, TfKD, TfKDConfig
@@ -17,6 +22,18 @@ METHODS: dict[str, type[Method]] = {
     "drop": DropConfig,
 }
 """What may teach beside the labels, by the section of the recipe that asks for it."""
+
+
+def method_tag(recipe: Mapping[str, Any]) -> str:
+    """What the methods of a recipe (as a dict) put before the data's part of a tag.
+
+    `ce` stands for training without Tf-FD: `c100` is Tf-FD's, `ce_c100` that of its plain twin, `kd_c100` Tf-FD+'s. `ft`
+    stands for weights that were there before.
+    """
+    parts = [*([] if recipe.get("tffd") else ["ce"]), *(["ft"] if recipe.get("pretrained") else [])]
+    parts += [method.tag(recipe[section]) for section, method in METHODS.items() if recipe.get(section)]
+    return "_".join(filter(None, parts))
+
 
 __all__ = [
     "BYOT",
@@ -49,4 +66,5 @@ __all__ = [
     "View",
     "Weight",
     "loss_weight_schedule",
+    "method_tag",
 ]

@@ -167,7 +167,7 @@ class DistillationTask(TrainingTask):
         if any(weight.schedule for weight in weights.values()) and not batches_per_epoch:
             raise ValueError(
                 "the loss-weight schedule runs in epochs: pass batches_per_epoch=len(train_loader), or switch it off "
-                "with warmup=0, decay='none'"
+                "with warmup_fraction=0, decay='none'"
             )
         if (taken := sum(weight.takes_ce for weight in weights.values())) > 1:
             raise ValueError(f"the losses would take {taken:g} of cross-entropy's weight, which is 1; leave one out")

@@ -37,7 +37,7 @@ class KDConfig:
     """Standardise the logits of every image first (Sun et al., CVPR 2024)."""
     takes_ce: float = 0.0
     """How much of cross-entropy's weight of 1 it takes: 0.9 leaves (1 - 0.9) CE, as CRD's baselines have it."""
-    warmup: float = 0.0
+    warmup_fraction: float = 0.0
     """Part of the run over which the weight rises linearly from 0."""
     whole_epochs: bool = False
     """Let it rise in whole epochs counted from 1."""
@@ -72,7 +72,7 @@ class TeacherConfig(Method):
     (ResNet-20 taught by another, CIFAR-100)."""
     share_features: float | None = None
     """Choose lambda_features by this gradient share instead, such as 0.05, over the first ten steps."""
-    warmup: float = 20 / 240
+    warmup_fraction: float = 20 / 240
     """Part of the run over which the feature loss rises linearly to its full weight."""
     kd: KDConfig | None = None
     """Distillation of its logits."""
@@ -316,11 +316,13 @@ class TeacherDistillation(Objective):
         self.weights = {}
         if config.teaches_features:
             check_stages_match(stages, self.teacher.stages)
-            warmup = LossWeight(epochs, warmup_epochs=config.warmup * epochs)
+            warmup = LossWeight(epochs, warmup_epochs=config.warmup_fraction * epochs)
             self.weights["features"] = Weight(config.lambda_features, config.share_features, warmup)
         if kd is not None:
-            warmup = LossWeight(epochs, warmup_epochs=kd.warmup * epochs, whole_epochs=kd.whole_epochs)
-            self.weights["kd"] = Weight(kd.weight, schedule=warmup if kd.warmup else None, takes_ce=kd.takes_ce)
+            warmup = LossWeight(epochs, warmup_epochs=kd.warmup_fraction * epochs, whole_epochs=kd.whole_epochs)
+            self.weights["kd"] = Weight(
+                kd.weight, schedule=warmup if kd.warmup_fraction else None, takes_ce=kd.takes_ce
+            )
         if not self.weights:
             raise ValueError(
                 "the teacher would teach nothing: give lambda_features above 0, or add logit distillation (kd)"

@@ -73,8 +73,8 @@ class TfFDConfig(Method):
     """Stages by position in the model's `feature_info`, where 0 may be the stem (ResNets: 1 to 4); all stages when not
     given."""
 
-    warmup: float = 20 / 240
-    """Share of the run over which w rises linearly from 0 to 1."""
+    warmup_fraction: float = 20 / 240
+    """Part of the run over which w rises linearly from 0 to 1."""
     decay: Literal["none", "edt", "off"] = "none"
     """Early decay: 'edt' w x 0.9 after every 30 % of the run; 'off' full to 30 %, linear to zero at 60 %."""
     whole_epochs: bool = False
@@ -131,9 +131,7 @@ def _strength(settings: Mapping[str, Any], term: str) -> str:
 CANONICAL = TfFDConfig()
 """Stop-gradient on every teacher, salience by l2 norm; gradient shares near 5 % each on ResNet-20."""
 
-REFERENCE = TfFDConfig(
-    lambda_intra=8e-4, lambda_inter=5e-4, salience="spread", detach_salient=False, whole_epochs=True, warmup=20 / 240
-)
+REFERENCE = TfFDConfig(lambda_intra=8e-4, lambda_inter=5e-4, salience="spread", detach_salient=False, whole_epochs=True)
 """What the author's published code does and its README's weights: gradient shares near 0.1 % and 0.05 %."""
 
 
@@ -297,10 +295,12 @@ class TfFDTask(DistillationTask):
 
 def loss_weight_schedule(config: TfFDConfig, epochs: float | None) -> LossWeight | None:
     """The schedule of w for a run of `epochs`; None when w is 1 throughout."""
-    if not config.warmup and config.decay == "none":
+    if not config.warmup_fraction and config.decay == "none":
         return None
     if epochs is None:
-        raise ValueError("the loss-weight schedule scales with the run: pass epochs=..., or set warmup=0, decay='none'")
+        raise ValueError(
+            "the loss-weight schedule scales with the run: pass epochs=..., or set warmup_fraction=0, decay='none'"
+        )
     return LossWeight(
-        epochs, warmup_epochs=config.warmup * epochs, decay=config.decay, whole_epochs=config.whole_epochs
+        epochs, warmup_epochs=config.warmup_fraction * epochs, decay=config.decay, whole_epochs=config.whole_epochs
     )

@@ -122,7 +122,7 @@ def train(recipe: Recipe) -> Path:
         num_epochs=optim.epochs,
         decay_milestones=[share * optim.epochs for share in optim.milestones],
         decay_rate=1.0 if linear else optim.decay_rate,  # of 'poly' this is the power
-        warmup_epochs=optim.warmup_epochs,
+        warmup_epochs=optim.lr_warmup_epochs,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
