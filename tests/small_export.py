@@ -25,7 +25,6 @@ def small_export(folder: Path, seed: int = 0, tag: str = "digits", **metrics: An
     result = evaluate(model, eval_loader(source, spec, 256), device="cpu", progress=False)
     recipe = Recipe(
         name="tffd",
-        tag=tag,
         model="tffd_resnet20",
         data=DataConfig(source="digits"),
         optim=OptimConfig(epochs=2, batch_size=64, lr=0.1, weight_decay=5e-4),

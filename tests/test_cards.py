@@ -25,7 +25,7 @@ from tffd_zoo.cards import (
 from tffd_zoo.evaluation import EvalResult
 from tffd_zoo.models import Input, Metrics, Release, Training, WheelFile
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, vary
-from tffd_zoo.tasks import CANONICAL, KDConfig, TeacherConfig
+from tffd_zoo.tasks import CANONICAL, KDConfig, TeacherConfig, method_tag
 
 MODEL_CARD = Path(__file__).parents[1] / "MODEL_CARD.md"
 TFFD = Recipe(
@@ -60,7 +60,8 @@ ENVIRONMENT = {"hardware": "abacus, 2 wires", "packages": {"torch": "2.14", "tim
 
 
 def card_info(recipe: Recipe = TFFD, **changes: Any) -> CardInfo:
-    return CardInfo("tffd_resnet20", recipe.tag, CONFIG, recipe.to_dict(), METRICS, **changes)
+    tag = "_".join(filter(None, [method_tag(recipe.to_dict()), "c100"]))
+    return CardInfo("tffd_resnet20", tag, CONFIG, recipe.to_dict(), METRICS, **changes)
 
 
 def twin(top1: float, **changes: Any) -> Twin:

@@ -43,7 +43,6 @@ ROOT = Path(__file__).parents[1]
 NAMES = ["ant", "bee", "cat"]
 RECIPE = Recipe(
     name="tffd",
-    tag="c100",
     model="tffd_resnet20",
     data=DataConfig(source="uoft-cs/cifar100"),
     optim=OptimConfig(epochs=2, batch_size=64, lr=0.1, weight_decay=5e-4),
