@@ -20,7 +20,6 @@ from tffd_zoo.training.build import check_network, freeze_layers, keep_frozen, m
 
 BASE = Recipe(
     name="finetune",
-    tag="ft_digits",
     model="tffd_resnet20.ce_c100",
     pretrained=True,
     data=DataConfig(source="digits", image_size=8),

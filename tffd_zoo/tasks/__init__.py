@@ -27,8 +27,8 @@ METHODS: dict[str, type[Method]] = {
 def method_tag(recipe: Mapping[str, Any]) -> str:
     """What the methods of a recipe (as a dict) put before the data's part of a tag.
 
-    `ce` stands for training without Tf-FD: `c100` is Tf-FD's, `ce_c100` that of its plain twin, `kd_c100` Tf-FD+'s. `ft`
-    stands for weights that were there before.
+    `ce` stands for training without Tf-FD: `c100` is Tf-FD's, `ce_c100` that of its plain twin, `kd_c100` Tf-FD+'s.
+    `ft` stands for a network that was trained before.
     """
     parts = [*([] if recipe.get("tffd") else ["ce"]), *(["ft"] if recipe.get("pretrained") else [])]
     parts += [method.tag(recipe[section]) for section, method in METHODS.items() if recipe.get(section)]
