@@ -144,7 +144,7 @@ def _front_matter(info: CardInfo) -> str:
         EvalResult(
             task_type="image-classification",
             task_name="Image classification",
-            dataset_type=dataset.hub_id or dataset.name,
+            dataset_type=dataset.hub_id or info.tag.rpartition("_")[2],  # the Hub takes an id here, and no prose
             dataset_name=dataset.name,
             dataset_split=metrics["evaluation"].get("split"),
             dataset_revision=metrics["evaluation"].get("revision"),
