@@ -166,15 +166,33 @@ def test_copies_are_found_mirrored_and_brightened_and_others_are_not(rng: np.ran
     assert duplicates.nearest_likeness(np.full((1, 16, 16, 3), 9, np.uint8), train) == pytest.approx(0, abs=1e-3)
 
 
-def test_the_published_list_is_read_without_pairs_that_only_look_alike(tmp_path: Path) -> None:
+def test_the_published_list_is_taken_without_pairs_that_only_look_alike(tmp_path: Path) -> None:
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)):
+        place = tmp_path / "train" / str(number // 3)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    whole = open_source(str(tmp_path / "train"), "train")
     path = tmp_path / "duplicates.csv"
-    path.write_text("TestID,TrainID,Distance,Judgment\n1,5,0.0,0\n3,6,0.2,1\n4,7,0.4,2\n")
-    assert duplicates.read_list(path, 6).tolist() == [False, True, False, True, False, False]
-    with pytest.raises(ValueError, match="names test image 3"):
-        duplicates.read_list(path, 3)
+    path.write_text("TestID,TrainID,Distance,Judgment\n1,1,0.0,0\n3,6,0.2,1\n4,7,0.4,2\n")
+    setting = run.Setting(SuiteConfig(duplicates=path), whole.subset([4, 3, 1]), lambda split, column: whole)
+    sample = duplicates.measure(colour_subject(), setting).samples["test"]
+    assert sample["duplicate"].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("row", ["1,5,0.0,0", "1,900,0.0,0"])
+def test_a_list_that_counts_in_another_order_is_refused(row: str, tmp_path: Path) -> None:
+    digits = open_source("digits", "test").subset(range(8))
+    path = tmp_path / "duplicates.csv"
+    path.write_text(f"TestID,TrainID,Distance,Judgment\n{row}\n")
+    with pytest.raises(ValueError, match="not in the order of the published CIFAR"):
+        duplicates.require_order(duplicates.read_list(path), digits, digits)
+
+
+def test_another_table_is_no_list_of_duplicates(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no columns TestID"):
-        duplicates.read_list(path, 6)
+        duplicates.read_list(path)
 
 
 def test_accuracy_without_duplicates_by_hand() -> None:
