@@ -15,7 +15,10 @@ from small_export import small_export
 import tffd_zoo
 from tffd_zoo.classifier import Guess
 from tffd_zoo.data import open_source
+from tffd_zoo.export import export, verify_export
+from tffd_zoo.models.manifest import Release, WheelFile
 from tffd_zoo.predict import PredictConfig, chart, main
+from tffd_zoo.release import release_of
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,47 @@ def test_predictions_are_those_of_the_evaluation(exported: Path) -> None:
         torch.arange(len(labels)), source.labels
     ]
     assert -truth.double().log().mean().item() == pytest.approx(metrics["nll"], rel=1e-5)
+
+
+def test_a_temperature_travels_with_the_export_and_the_manifest_and_softens_predictions(
+    exported: Path, tmp_path: Path
+) -> None:
+    plain, info = tffd_zoo.load(f"local-dir:{exported}"), verify_export(exported)
+    calibrated = export(
+        plain.model,
+        tmp_path / "export",
+        architecture=info.architecture,
+        tag=info.tag,
+        recipe=info.recipe,
+        metrics=info.metrics,
+        label_names=info.config["label_names"],
+        data_config={"input_size": (3, 16, 16)},
+        environment={"hardware": "a small machine", "hours": 0.25},
+        temperature=2.0,
+    )
+    softened = tffd_zoo.load(f"local-dir:{calibrated.folder}")
+    image = Image.fromarray(noise())
+    expected = plain.probabilities([image]).log().div(2).softmax(dim=1)
+    torch.testing.assert_close(softened.probabilities([image]), expected)
+    entry = release_of(calibrated, WheelFile(calibrated.weights))
+    assert (plain.temperature, softened.temperature, entry.temperature) == (1, 2, 2)
+    assert Release.from_json(entry.to_json(), calibrated.folder).temperature == 2
+
+
+def test_a_temperature_that_is_not_positive_is_refused(exported: Path, tmp_path: Path) -> None:
+    info = verify_export(exported)
+    model = tffd_zoo.load(f"local-dir:{exported}").model
+    with pytest.raises(ValueError, match="temperature 0 is not positive"):
+        export(
+            model,
+            tmp_path / "export",
+            architecture=info.architecture,
+            tag=info.tag,
+            recipe=info.recipe,
+            metrics=info.metrics,
+            label_names=info.config["label_names"],
+            temperature=0,
+        )
 
 
 def test_one_image_is_the_same_in_every_form(released: tffd_zoo.Classifier, tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ def load(name: str, device: torch.device | str = "cpu") -> Classifier:
     Raises:
         ValueError, OSError: it cannot be had, its hashes differ or it tells no classes apart; says why.
     """
-    from .loading import check_model_name, load_model  # the Hub, exports and their checks: not on every import
+    # the Hub, exports and their checks: not on every import
+    from .loading import check_model_name, load_model, temperature_of
 
     check_model_name(name)
     model = load_model(name).eval().to(device)
@@ -116,6 +117,7 @@ def load(name: str, device: torch.device | str = "cpu") -> Classifier:
         model,
         create_transform(**resolve_input_data_config(model, use_test_size=True)),
         _label_names(model),
+        temperature_of(name),
         release=next((entry for entry in releases() if name in (entry.name, entry.architecture)), None),
     )
 

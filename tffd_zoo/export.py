@@ -78,6 +78,11 @@ class ExportInfo:
         return self.folder / WEIGHTS
 
     @property
+    def temperature(self) -> float | None:
+        """What predictions divide the logits by; None: these weights were not calibrated."""
+        return self.config["tffd_zoo"].get("temperature")
+
+    @property
     def loading_line(self) -> str:
         """The line of Python that loads it."""
         return f'timm.create_model("local-dir:{self.folder}", pretrained=True)'
@@ -97,6 +102,7 @@ def export(
     curves: Path | str | None = None,
     twin: Twin | None = None,
     half: bool = False,
+    temperature: float | None = None,
 ) -> ExportInfo:
     """Write `model` to `folder` as timm loads it: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
@@ -123,6 +129,7 @@ def export(
         curves: picture of the run, PNG.
         twin: the plain run that the card compares with.
         half: store the weights in float16, which has to hold them exactly: round them before measuring `metrics`.
+        temperature: what predictions divide the logits by, fitted on images that training did not see.
 
     Raises:
         ValueError: the names do not fit the classes, a figure is missing, a weight is not finite, or `folder` holds
@@ -135,6 +142,8 @@ def export(
         raise ValueError(
             f"{len(label_names)} label names for a model of {model.num_classes} classes; give one for each"
         )
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature {temperature} is not positive; 1 leaves the logits as they are")
     missing = METRIC_KEYS - metrics.keys()
     if missing:
         raise ValueError(f"metrics lack {', '.join(sorted(missing))}; evaluate the model and give all of them")
@@ -165,7 +174,7 @@ def export(
             str(aside / CONFIG),
             model_config={
                 "label_names": list(label_names),
-                "tffd_zoo": provenance,
+                "tffd_zoo": provenance if temperature is None else {**provenance, "temperature": temperature},
                 "pretrained_cfg": {
                     **NOT_TIMMS_WEIGHTS,
                     "architecture": architecture.removeprefix("tffd_") if timms_own else architecture,
@@ -190,13 +199,19 @@ def export(
     return verify_export(folder)
 
 
-def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str | None = None) -> ExportInfo:
+def export_run(
+    run: Path | str,
+    weights: RunWeights = "last",
+    folder: Path | str | None = None,
+    temperature: float | None = None,
+) -> ExportInfo:
     """Export the weights of a training run, with the figures that it recorded for them.
 
     Args:
         run: folder of the run.
         weights: those of the last epoch or of the best evaluation, or their moving averages.
         folder: where to; `RUN/export` when not given.
+        temperature: as :func:`export` takes it.
 
     Raises:
         FileNotFoundError: `run` is no run, or has no such weights (yet).
@@ -251,6 +266,7 @@ def export_run(run: Path | str, weights: RunWeights = "last", folder: Path | str
         data_config=data["spec"],
         environment=environment,
         curves=curves if curves.exists() else None,
+        temperature=temperature,
     )
 
 
@@ -398,11 +414,14 @@ class ExportConfig:
     """Weights of the last epoch or of the best evaluation, or their moving averages."""
     out: Path | None = None
     """Where to; RUN/export when not given. An earlier export there is replaced."""
+    temperature: float | None = None
+    """What predictions divide the logits by: what `eval local-dir:RUN/export --suite calibration` fitted on training
+    images that the recipe held out."""
 
 
 def main(config: ExportConfig) -> None:
     """Export what `config` names and say how to load it."""
-    info = export_run(config.run, config.weights, config.out)
+    info = export_run(config.run, config.weights, config.out, config.temperature)
     print(f"{info.name}, top-1 {info.metrics['top1']:.2f} %\nload it: {info.loading_line}")
 
 

@@ -19,6 +19,7 @@ from . import models  # noqa: F401 (registers the zoo's architectures with timm)
 from .data import TrainSource
 from .export import CONFIG, SUMS, WEIGHTS, file_sha256, read_sums, verify_export
 from .json_files import read_json
+from .models.manifest import releases
 from .models.weights import reason_of
 
 _logger = logging.getLogger(__name__)
@@ -81,6 +82,20 @@ def load_model(name: str, num_classes: int | None = None) -> nn.Module:
         if isinstance(error, OSError):
             raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
         raise
+
+
+def temperature_of(name: str) -> float:
+    """What the logits of these weights are divided by before the softmax; 1 where they were not calibrated."""
+    source, model_id = parse_model_name(name)
+    if source is None:
+        entry = next((entry for entry in releases() if name in (entry.name, entry.architecture)), None)
+        return (entry and entry.temperature) or 1.0
+    if source == "hf-hub":
+        repo, revision = hf_split(model_id)
+        config = Path(hf_hub_download(repo, CONFIG, revision=revision))
+    else:
+        config = Path(model_id) / CONFIG
+    return read_json(config, "export the run again").get("tffd_zoo", {}).get("temperature", 1.0)
 
 
 def _verify_download(model_id: str) -> None:

@@ -114,6 +114,7 @@ def in_half(info: ExportInfo, data: str, folder: Path) -> ExportInfo:
         environment=json.loads(optional[ENVIRONMENT].read_text()) if ENVIRONMENT in optional else None,
         curves=optional.get(CURVES),
         half=True,
+        temperature=info.temperature,
     )
 
 
@@ -161,6 +162,7 @@ def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None 
                 **{name: value for name, value in evaluation.items() if name not in TOLD_ELSEWHERE},
             },
         ),
+        temperature=info.temperature,
         training=Training(
             epochs=info.metrics.get("epoch", info.recipe["optim"]["epochs"]),
             hours=hours,

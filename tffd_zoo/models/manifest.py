@@ -190,8 +190,11 @@ class Release:
     read from a local folder go by the folder's name; `metrics.dataset` says which data set that is."""
     metrics: Metrics
     training: Training
+    temperature: float | None = None
+    """What `predict` divides the logits by, fitted on training images that were held out; None: not calibrated."""
 
     def __post_init__(self) -> None:
+        _require(self.temperature is None or self.temperature > 0, f"temperature {self.temperature} is not positive")
         for part in (self.architecture, self.tag, self.label_set):
             _require(re.fullmatch(r"[a-z0-9_]+", part), f"{part!r} may hold only a-z, 0-9 and _")
         _require(self.size > 0, f"size {self.size} is not positive")
@@ -232,7 +235,8 @@ class Release:
     def to_json(self) -> dict[str, Any]:
         """The entry as JSON holds it, complete with its class names."""
         file = {"wheel": self.file.path.name} if isinstance(self.file, WheelFile) else asdict(self.file)
-        return {**asdict(self), "file": file}
+        entry = {**asdict(self), "file": file}
+        return entry if self.temperature is not None else {k: v for k, v in entry.items() if k != "temperature"}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any], folder: Path) -> Release:
