@@ -129,10 +129,11 @@ def _strength(settings: Mapping[str, Any], term: str) -> str:
 
 
 CANONICAL = TfFDConfig()
-"""Stop-gradient on every teacher, salience by l2 norm; gradient shares near 5 % each on ResNet-20."""
+"""Stop-gradient on every teacher, salience by l2 norm; gradient shares near 5 % each when ResNet-20 starts."""
 
 REFERENCE = TfFDConfig(lambda_intra=8e-4, lambda_inter=5e-4, salience="spread", detach_salient=False, whole_epochs=True)
-"""What the author's published code does and its README's weights: gradient shares near 0.1 % and 0.05 %."""
+"""What the author's published code does and its README's weights: shares of one batch's gradient near 0.1 % and 0.05 %
+at the start, of its mean, which is what training follows, some percent at the end."""
 
 
 class TfFD(Objective):
