@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import tyro
-from run_records import PLAIN, TFFD, write_run
+from run_records import PLAIN, write_run
 
 from recipes.studies import compare, jobs
 from recipes.studies.compare import CompareConfig, command_of
@@ -24,15 +24,19 @@ from recipes.studies.runs import Run, resolve
 from recipes.studies.studies import STUDIES
 from tffd_zoo.recipe import vary
 from tffd_zoo.run_record import read_metrics
-from tffd_zoo.tasks import TeacherConfig
+from tffd_zoo.tasks import CANONICAL, TeacherConfig
 
-STUDY = Study("trial", "does it help?", (Row(PLAIN, "cross-entropy"), Row(TFFD, "Tf-FD", twin="plain")), seeds=(0, 1))
-TEACHER = vary(PLAIN, "teacher", model="tffd_resnet56", run={"seed": 100})
-FROZEN = TeacherConfig("offline", "tffd_resnet56", TEACHER.folder / "weights" / "last.safetensors")
+ROWS = (Row("plain", "cross-entropy"), Row("tffd", "Tf-FD", {"tffd": CANONICAL}, twin="plain"))
+STUDY = Study("trial", "does it help?", PLAIN, ROWS, seeds=(0, 1))
 TAUGHT = Study(
     "taught",
     "does a teacher help?",
-    (Row(TEACHER, "the teacher", seeds=(100,)), *STUDY.rows, Row(vary(PLAIN, "offline", teacher=FROZEN), "", "plain")),
+    PLAIN,
+    (
+        Row("teacher", "the teacher", {"model": "tffd_resnet56"}, seeds=(100,)),
+        *ROWS,
+        Row("offline", "", {"teacher": TeacherConfig("offline", "tffd_resnet56")}, "plain", "teacher"),
+    ),
     seeds=(0, 1),
 )
 
@@ -162,7 +166,7 @@ def test_an_interrupt_reaches_every_run_once_and_ends_the_study(
 
 
 def test_runs_go_side_by_side_with_their_part_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "_cores", lambda: 9)
+    monkeypatch.setattr(jobs, "cores_per_process", lambda processes: 9 // processes)
     calls, runs = tmp_path / "calls", plan(tmp_path, seeds=(0,))
     run_all("trial", runs, trainer(calls, plain="meet", tffd="meet"), jobs=2)  # alone, the first would wait for ever
     assert [run.log.read_text().split()[-2] for run in runs] == ["4", "4"]
@@ -242,10 +246,10 @@ def test_every_recipe_of_a_study_sees_the_images_of_its_twin_and_has_a_name_in_i
     for row in study.rows:
         assert row.what
         if row.twin:
-            twin = study.row(row.twin).recipe
-            assert row.recipe.model == twin.model
-            assert row.recipe.optim.epochs == twin.optim.epochs
-            ours, theirs = row.recipe.data, twin.data
+            mine, twin = study.recipe(row.name), study.recipe(row.twin)
+            assert mine.model == twin.model
+            assert mine.optim.epochs == twin.optim.epochs
+            ours, theirs = mine.data, twin.data
             assert (ours.source, ours.holdout, ours.eval_split) == (theirs.source, theirs.holdout, theirs.eval_split)
 
 
@@ -267,7 +271,7 @@ def test_the_list_shows_how_far_every_run_is_and_writes_nothing(
 
 def test_a_report_is_rebuilt_from_collected_records_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
-    for recipe, top1 in ((PLAIN, 60.0), (TFFD, 61.0)):
+    for recipe, top1 in ((STUDY.recipe("plain"), 60.0), (STUDY.recipe("tffd"), 61.0)):
         done = write_run(tmp_path / "made", recipe, 0, top1)
         (done / "export").mkdir()
         (done / "export" / "SHA256SUMS").write_text("")
@@ -318,7 +322,7 @@ def test_a_record_of_another_recipe_stops_a_run_before_it_starts(
     with pytest.raises(SystemExit):
         run_all("trial", plan(tmp_path, results=tmp_path, seeds=(0,)), trainer(calls))
     assert called(calls) == ["tffd-s0"]
-    assert "plain-s0 is the record of another recipe (optim.lr: 0.2 there, 0.1 here)" in capsys.readouterr().out
+    assert "plain-s0.json is the record of another recipe (optim.lr: 0.2 there, 0.1 here)" in capsys.readouterr().out
 
 
 def test_a_study_or_recipe_that_does_not_exist_is_refused_with_those_that_do() -> None:

@@ -437,3 +437,24 @@ def test_an_unknown_model_is_named_with_those_that_come_close(tmp_path: Path) ->
 def test_mixup_asks_for_even_batches(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use an even --batch-size and --drop-last"):
         train(recipe(tmp_path, optim={"mixup": 0.2}))
+
+
+def test_the_help_of_a_preset_has_every_flag_on_one_line_and_all_that_is_off_on_another(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as left:
+        recipe_from_cli({"one": BASE}, "What it does.", ["--lr", "1", "--help"])
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert f"  --lr {BASE.optim.lr}" + " " * 24 in "\n".join(lines)
+    assert sum(line.startswith("  --tffd.ratio 0.5") for line in lines) == 1
+    assert "off: teacher, byot, cs_kd, tf_kd, ps_kd, drop" in lines
+    shown = {line.split()[0] for line in lines if line.startswith("  --")}
+
+    with pytest.raises(SystemExit):
+        recipe_from_cli({"one": BASE}, "What it does.", ["--help-all"])
+    in_full = capsys.readouterr().out
+    assert all(flag in in_full for flag in shown)
+    assert {"--data", "--tffd.intra-loss", "--threads"} <= shown

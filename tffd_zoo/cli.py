@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import errno
+import inspect
+import itertools
+import shutil
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 ConfigT = TypeVar("ConfigT")
 
@@ -22,6 +28,56 @@ def run_cli(main: Callable[[ConfigT], None], config: type[ConfigT], args: Sequen
 
     parsed = tyro.cli(config, args=args, description=config.__doc__)
     guard(lambda: main(parsed))
+
+
+def overview(config: Any) -> str:
+    """The flags of a nested dataclass, one line each: the value in `config`, and as much of the help as fits.
+
+    Sections that are None share one line.
+    """
+    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    plain = {name: value for name, value in sections.items() if not dataclasses.is_dataclass(value)}
+    off = [name for name, value in plain.items() if value is None]
+    width = shutil.get_terminal_size().columns
+    lines = [*_flag_lines(type(config), {name: value for name, value in plain.items() if value is not None})]
+    for name, section in sections.items():
+        if name not in plain:
+            prefix = f"{name}." if _flag_name(type(config), name) else ""
+            values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+            title = " ".join((type(section).__doc__ or "").split())
+            lines += ["", _cut(f"{name}: {title}", width), *_flag_lines(type(section), values, prefix)]
+    return "\n".join([*lines, "", f"off: {', '.join(off)}"] if off else lines)
+
+
+def _flag_lines(config: type, values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    docs, width = _field_docs(config), shutil.get_terminal_size().columns
+    for field, value in values.items():
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        flag = f"  --{prefix}{_flag_name(config, field).replace('_', '-')} {shown}"
+        yield _cut(f"{flag:<35} {docs[field]}", width)
+
+
+def _cut(line: str, width: int) -> str:
+    line = line.replace("\n    ", " ")
+    return line if len(line) <= width else f"{line[: width - 4].rpartition(' ')[0]} ..."
+
+
+def _flag_name(config: type, field: str) -> str:
+    """The name that tyro gives the flags of a field; empty for a section whose flags have no prefix."""
+    extras = getattr(get_type_hints(config, include_extras=True)[field], "__metadata__", ())
+    return next((extra.name for extra in extras if getattr(extra, "name", None) is not None), field)
+
+
+def _field_docs(config: type) -> dict[str, str]:
+    """The docstring below every field of a dataclass."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: str(doc.value.value)
+        for field, doc in itertools.pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+    }
 
 
 def guard(action: Callable[[], object]) -> None:

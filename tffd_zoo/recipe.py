@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .cli import overview
 from .tasks import (
     METHODS,
     BYOTConfig,
@@ -244,6 +245,8 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str 
 def recipe_from_cli(presets: Mapping[str, Recipe], description: str, args: Sequence[str] | None = None) -> Recipe:
     """`[PRESET] [--flag value ...]`: the named preset (the first when not given) with typed overrides.
 
+    `--help` shows the flags a line each, `--help-all` is tyro's: every word, with types and choices.
+
     Raises:
         ValueError: for a preset that does not exist.
     """
@@ -252,11 +255,14 @@ def recipe_from_cli(presets: Mapping[str, Recipe], description: str, args: Seque
     if preset not in presets:
         close = difflib.get_close_matches(preset, presets) or presets
         raise ValueError(f"unknown preset '{preset}'; choose one of {', '.join(close)} (--help has them all)")
-    note = f"The first argument names a preset of the tables above; the defaults below are those of '{preset}'."
+    if "-h" in args or "--help" in args:
+        print(f"{description.strip()}\n\nThe flags, as preset '{preset}' has them; --help-all explains them in full.\n")
+        print(overview(presets[preset]))
+        raise SystemExit(0)
     return tyro.cli(
         Recipe,
-        args=args,
+        args=["--help" if arg == "--help-all" else arg for arg in args],
         default=presets[preset],
-        description=f"{description.strip()}\n\n{note}",
+        description=description.strip(),
         config=(tyro.conf.AvoidSubcommands,),
     )

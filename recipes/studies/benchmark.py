@@ -40,16 +40,19 @@ from tffd_zoo.evaluation import evaluate, model_cost
 from tffd_zoo.markdown import markdown_table
 from tffd_zoo.pictures import COLOURS, NEUTRAL, house_style, save_png
 from tffd_zoo.recipe import Recipe, vary
-from tffd_zoo.run_record import METRICS_LINES, read_metrics
+from tffd_zoo.run_record import METRICS_LINES, read_metrics, weights_file
+from tffd_zoo.tasks import CANONICAL
 from tffd_zoo.training import train
 from tffd_zoo.training.build import image_spec, make_loaders, make_task, memory_format, open_sources
 from tffd_zoo.training.run_folder import environment
 
 from .. import train_imagenet
-from ..train_cifar100 import PRESETS, SHORT_PLAIN, SHORT_TFFD
+from .report.study import taught_by
+from .studies import NEIGHBOURS, PLUS, SHORT
 from .timing import Row, Step, compare, interleave, peak_memory, summary
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmark"
+PLAIN, TFFD = SHORT, vary(SHORT, "tffd", tffd=CANONICAL)
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 
 
@@ -138,7 +141,7 @@ STEPS = (("tffd_resnet20", 32, 128, 50), ("tffd_resnet18", 64, 64, 16), ("tffd_r
 
 def twins(model: str, size: int, batch: int) -> dict[str, Recipe]:
     """The recipes of Tf-FD and of plain training for `model`."""
-    tffd, plain = (SHORT_TFFD, SHORT_PLAIN) if size == 32 else (train_imagenet.TFFD, train_imagenet.PLAIN)
+    tffd, plain = (TFFD, PLAIN) if size == 32 else (train_imagenet.TFFD, train_imagenet.PLAIN)
     changes: dict[str, Any] = {"model": model, "data": {"image_size": size}, "optim": {"batch_size": batch}}
     return {"tffd": vary(tffd, "tffd", **changes), "plain": vary(plain, "plain", **changes)}
 
@@ -191,7 +194,7 @@ def layouts(bench: Bench) -> Iterator[Row]:
         changes: dict[str, Any] = {
             "model": f"tffd_{name}", "data": {"image_size": size}, "optim": {"batch_size": batch},
         }  # fmt: skip
-        recipe = vary(SHORT_PLAIN, name, **changes)
+        recipe = vary(PLAIN, name, **changes)
         steps: dict[str, Step] = {
             "last": TrainingStep(recipe, bench, layout=CHANNELS_LAST), "first": TrainingStep(recipe, bench, layout=NCHW)
         }  # fmt: skip
@@ -223,14 +226,15 @@ def memory(bench: Bench) -> Iterator[Row]:
 
 def methods(bench: Bench) -> Iterator[Row]:
     """The poster's chart: how long each method takes to learn from 128 images."""
-    teacher = bench.scratch / "teacher.safetensors"
-    save_model(create_model("tffd_resnet110", num_classes=bench.source.num_classes), str(teacher))
+    teacher = bench.scratch / "teacher"
+    weights_file(teacher, "last").parent.mkdir(parents=True)
+    save_model(create_model("tffd_resnet110", num_classes=bench.source.num_classes), weights_file(teacher, "last"))
     recipes = {
-        "plain": SHORT_PLAIN,
-        "Tf-FD": SHORT_TFFD,
-        "CS-KD": PRESETS["short-cs-kd"],
-        "BYOT": PRESETS["short-byot"],
-        "KD, ResNet-110 teacher": vary(PRESETS["short-kd-resnet20"], "kd", teacher={"weights": teacher}),
+        "plain": PLAIN,
+        "Tf-FD": TFFD,
+        "CS-KD": vary(PLAIN, "cs-kd", **NEIGHBOURS.row("screen-cs-kd").change),
+        "BYOT": vary(PLAIN, "byot", **NEIGHBOURS.row("screen-byot").change),
+        "KD, ResNet-110 teacher": taught_by(vary(PLAIN, "kd", **PLUS.row("screen-kd-resnet20").change), teacher),
     }
     times = interleave({k: TrainingStep(r, bench, compiled=True) for k, r in recipes.items()}, bench.rounds(15), 3)
     for name in [*recipes][1:]:
@@ -255,8 +259,8 @@ def salience(bench: Bench) -> Iterator[Row]:
     cases: tuple[tuple[str, int, int | None], ...] = (("entropy", 1, None), ("hrank", 50, 8))
     for name, every, images in cases:
         changes: dict[str, Any] = {"salience": name, "rank_every": every, "salience_images": images}
-        ranked = TrainingStep(vary(SHORT_TFFD, name, tffd=changes), bench, compiled=True)
-        plain = TrainingStep(SHORT_PLAIN, bench, compiled=True)
+        ranked = TrainingStep(vary(TFFD, name, tffd=changes), bench, compiled=True)
+        plain = TrainingStep(PLAIN, bench, compiled=True)
 
         def ranking(step: TrainingStep = ranked) -> None:
             step.task._batches = 0
@@ -282,7 +286,7 @@ def salience(bench: Bench) -> Iterator[Row]:
 
 def feeding(bench: Bench) -> Iterator[Row]:
     """Images from the real loader beside noise that is there already; our loop beside a bare one."""
-    recipe = vary(SHORT_TFFD, "feeding", data={"source": bench.config.data}, run={"compile": False})
+    recipe = vary(TFFD, "feeding", data={"source": bench.config.data}, run={"compile": False})
     step = TrainingStep(recipe, bench)
     sources = open_sources(recipe.data)
     spec, layout = image_spec(recipe, step.task.get_eval_model()), memory_format(recipe, bench.accelerator)
@@ -418,7 +422,7 @@ def importing(bench: Bench) -> Iterator[Row]:
 
 def growth(bench: Bench) -> Iterator[Row]:
     """How the price of Tf-FD grows, in eager mode: the cases differ from the first in one thing each."""
-    pairs = {"tffd": SHORT_TFFD, "plain": SHORT_PLAIN}
+    pairs = {"tffd": TFFD, "plain": PLAIN}
     cases: dict[str, dict[str, Any]] = {
         "ResNet-20, batch 128, 32 px, 3 stages": {},
         "batch 32": {"optim": {"batch_size": 32}},

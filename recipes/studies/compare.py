@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +27,7 @@ from tffd_zoo.markdown import markdown_table
 from tffd_zoo.training import train
 
 from .jobs import run_all
-from .report import Study, collect, write_report
+from .report import Study, collect, write_index, write_report
 from .runs import Overrides, Run, planned_runs, resolve
 from .studies import STUDIES
 
@@ -107,12 +107,14 @@ def show(runs: Sequence[Run]) -> str:
     return markdown_table(["recipe", "seed", "state", "epochs", "top-1", "folder"], rows)
 
 
-def report(study: Study, runs: Sequence[Run], config: CompareConfig) -> Path:
-    """Collect the records of the finished runs among `runs`, and make the page from all that were ever collected."""
+def report(study: Study, studies: Iterable[Study], runs: Sequence[Run], config: CompareConfig) -> Path:
+    """Collect the records of the finished runs among `runs`; make the study's page, and the one over all `studies`."""
     for run in runs:
         if run.state() == "done" and collect(run.folder, config.records):
             print(f"collected {run}")
-    return write_report(study, config.records, config.pages / study.name)
+    page = write_report(study, config.records, config.pages / study.name)
+    write_index(studies, config.records, config.pages)
+    return page
 
 
 def main(config: CompareConfig, studies: dict[str, Study] = STUDIES) -> None:
@@ -123,7 +125,7 @@ def main(config: CompareConfig, studies: dict[str, Study] = STUDIES) -> None:
     if config.run is not None:
         row = study.row(config.run)
         if config.seeds is None or len(config.seeds) != 1:
-            usual = (row.seeds or study.seeds)[0]
+            usual = study.seeds_of(row)[0]
             raise ValueError(f"--run {row.name} is one run: give it one seed, such as --seeds {usual}")
         train(resolve(row, config.seeds[0], study, config.overrides))
         return
@@ -131,7 +133,7 @@ def main(config: CompareConfig, studies: dict[str, Study] = STUDIES) -> None:
     if config.list:
         print(show(runs))
     elif config.report:
-        print(report(study, runs, config))
+        print(report(study, studies.values(), runs, config))
     else:
         run_all(study.name, runs, lambda run: command_of(run, config), config.jobs)
 

@@ -14,6 +14,8 @@ from types import FrameType
 
 from tqdm import tqdm
 
+from tffd_zoo.threads import cores_per_process
+
 from .report import collect
 from .runs import Run
 
@@ -104,7 +106,7 @@ def run_all(name: str, runs: Sequence[Run], command: Callable[[Run], list[str]],
     """
     if jobs < 1:
         raise ValueError(f"--jobs {jobs} runs nothing; give 1 or more")
-    threads = None if jobs == 1 else max(1, _cores() // jobs)
+    threads = None if jobs == 1 else cores_per_process(jobs)
     places = {id(run): f"[{place}/{len(runs)}] {run}" for place, run in enumerate(runs, start=1)}
     before = [run for run in runs if run.finished]
     waiting = [run for run in runs if not run.finished]
@@ -165,11 +167,6 @@ def _hindrance(run: Run, failed: Sequence[Run]) -> str:
     if conflict := run.conflict():
         return f"{conflict}; pass --output with another folder"
     return f"not started, for its teacher failed: {run.teacher}" if run.teacher in failed else ""
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _how(run: Run) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tffd_zoo.recipe import Recipe, differences, vary
-from tffd_zoo.run_record import METRICS_LINES, RunRecord, read_metrics, read_recipe
+from tffd_zoo.run_record import METRICS_LINES, read_metrics, read_recipe
 
-from .report import Row, Study, changes, record_folder
+from .report import Row, Study, changes, read_record, record_file
+from .report.study import taught_by
 
 RUNS = Path("runs")
-WEIGHTS = Path("weights") / "last.safetensors"
 
 State = Literal["done", "collected", "unfinished", "missing", "another recipe"]
 
@@ -53,7 +53,7 @@ class Run:
     @property
     def record(self) -> Path:
         """Its place among the records."""
-        return record_folder(self.recipe.to_dict(), self.records)
+        return record_file(self.recipe.to_dict(), self.records)
 
     def __str__(self) -> str:
         return f"{self.recipe.name} seed {self.recipe.run.seed}"
@@ -78,10 +78,10 @@ class Run:
     def conflict(self) -> str:
         """Where a run of another recipe has the place of this one, and in which fields it differs; empty if none."""
         recipe, found = self.recipe.to_dict(), []
-        started, recorded = read_recipe(self.folder), read_recipe(self.record)
+        started = read_recipe(self.folder)
         if started and (fields := differences(recipe, started)):
             found.append(f"{self.folder} holds a run of another recipe ({'; '.join(fields)})")
-        if recorded and (fields := changes(recipe, recorded)):
+        if self.record.exists() and (fields := changes(recipe, read_record(self.record).recipe)):
             found.append(f"{self.record} is the record of another recipe ({'; '.join(fields)})")
         return "; ".join(found)
 
@@ -96,7 +96,7 @@ class Run:
     def _evaluations(self) -> Sequence[Mapping[str, Any]]:
         lies = self.folder / METRICS_LINES
         if not lies.exists() and self.record.exists():
-            return RunRecord.read_finished(self.record).evaluations
+            return read_record(self.record).evaluations
         return [record for record in read_metrics(lies) if record["kind"] == "eval"]
 
 
@@ -124,9 +124,9 @@ def planned_runs(
     needed: dict[tuple[str, int], Run] = {}
     for row, seed in plan[int(number) - 1 :: int(shards)]:
         run = Run(resolve(row, seed, study, overrides), records)
-        teacher = teacher_of(row, study)
-        if teacher is not None and not run.finished:
-            its_seed = teacher.recipe.run.seed
+        if row.teacher is not None and not run.finished:
+            teacher = study.row(row.teacher)
+            its_seed = study.seeds_of(teacher)[0]
             trained = Run(resolve(teacher, its_seed, study, overrides), records, wanted="weights")
             needed[teacher.name, its_seed] = trained
             run = Run(run.recipe, records, trained)
@@ -138,21 +138,13 @@ def resolve(row: Row, seed: int, study: Study, overrides: Overrides) -> Recipe:
     """The recipe of one run: the row's, with the seed, the place and the overrides of the command."""
     data = {"source": overrides.data, "holdout": overrides.holdout}
     recipe = vary(
-        row.recipe,
+        study.recipe(row.name),
         row.name,
         data={field: value for field, value in data.items() if value is not None},
         optim={} if overrides.epochs is None else {"epochs": overrides.epochs},
-        run={"seed": seed, "output": None},
+        run={"seed": seed},
     )
-    teacher = teacher_of(row, study)
-    if teacher is not None:
-        trained = resolve(teacher, teacher.recipe.run.seed, study, overrides)
-        recipe = vary(recipe, row.name, teacher={"weights": trained.folder / WEIGHTS})
+    if row.teacher is not None:
+        teacher = study.row(row.teacher)
+        recipe = taught_by(recipe, resolve(teacher, study.seeds_of(teacher)[0], study, overrides).folder)
     return vary(recipe, row.name, run={"output": (overrides.output or RUNS) / recipe.folder.name})
-
-
-def teacher_of(row: Row, study: Study) -> Row | None:
-    """The row of the study that trains the frozen teacher of this one."""
-    teacher = row.recipe.teacher
-    weights = None if teacher is None else teacher.weights
-    return next((each for each in study.rows if each.recipe.folder / WEIGHTS == weights), None)

@@ -357,8 +357,9 @@ def teacher_from_file(model: str, weights: Path, num_classes: int) -> nn.Module:
     """`model` with the weights of a file, such as the weights/last.safetensors of a run."""
     if not weights.is_file():
         raise FileNotFoundError(
-            f"the teacher's weights {weights} are missing; train {model} first (the presets teacher-* do), or give "
-            "released weights by their tag: --teacher.model NAME.TAG --teacher.weights None"
+            f"the teacher's weights {weights} are missing; train {model} first (for CIFAR-100: "
+            f"recipes/train_cifar100.py plain --model {model} --seed 100), or give released weights by their tag: "
+            "--teacher.model NAME.TAG --teacher.weights None"
         )
     try:
         return create_model(model, num_classes=num_classes, checkpoint_path=str(weights))

@@ -1,7 +1,19 @@
-"""Studies and their reports: recipes times seeds, paired differences with intervals, tables, sentences and pictures."""
+"""Studies and their pages: recipes times seeds, paired differences with intervals, tables, sentences and a picture."""
 
-from .page import write_report
-from .records import changes, collect, record_folder
+from .page import index_text, report_text, write_index, write_report
+from .records import changes, collect, read_record, record_file
 from .study import Published, Row, Study
 
-__all__ = ["Published", "Row", "Study", "changes", "collect", "record_folder", "write_report"]
+__all__ = [
+    "Published",
+    "Row",
+    "Study",
+    "changes",
+    "collect",
+    "index_text",
+    "read_record",
+    "record_file",
+    "report_text",
+    "write_index",
+    "write_report",
+]

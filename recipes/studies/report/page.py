@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +14,22 @@ from tffd_zoo.pictures import house_style, save_png
 from tffd_zoo.recipe import differences
 from tffd_zoo.run_record import RunRecord
 
-from .charts import Gain, Series, draw_curves, draw_gains, draw_shares
+from .charts import Gain, draw_gains
+from .records import read_records
 from .statistics import Estimate, estimate, interval_factor, paired_differences
 from .study import Row, Study
 
 PAGE = "README.md"
+PICTURE = "gains.png"
 NONE = "-"
-RECORD = re.compile(r"-s\d+$")
+COMMAND = "python -m recipes.studies.compare"
+Figure = Callable[[RunRecord], float]
 
 
 def write_report(study: Study, records: Path, results: Path) -> Path:
-    """Write the page and its pictures to `results`, from the records that `collect` put into `records`.
+    """Write the page and its picture to `results`, from the records that `collect` put into `records`.
 
-    The same records give the same bytes, the pictures' too with the same matplotlib.
+    The same records give the same bytes, the picture's too with the same matplotlib.
 
     Raises:
         FileNotFoundError: there is no record of any run of the study.
@@ -37,19 +39,33 @@ def write_report(study: Study, records: Path, results: Path) -> Path:
         The page.
     """
     runs = _Runs.read(study, records)
-    figures = {"gains.png": _gains_figure, "curves.png": _curves_figure, "shares.png": _shares_figure}
-    pictures = []
-    with house_style():
-        for name, draw in figures.items():
-            figure = draw(runs)
-            if figure is None:
-                (results / name).unlink(missing_ok=True)  # of records that are gone
-            else:
-                save_png(figure, results / name)
-                pictures.append(name)
-    page = results / PAGE
+    if runs.compared:
+        with house_style():
+            save_png(_gains_figure(runs), results / PICTURE)
+    return _write(results / PAGE, _render(runs))
+
+
+def write_index(studies: Iterable[Study], records: Path, results: Path) -> Path:
+    """Write the page over all studies that have records, with links to theirs."""
+    return _write(results / PAGE, index_text(studies, records, results))
+
+
+def report_text(study: Study, records: Path) -> str:
+    """The page of a study, as Markdown."""
+    return _render(_Runs.read(study, records))
+
+
+def index_text(studies: Iterable[Study], records: Path, results: Path) -> str:
+    """The page over all studies that have records, as Markdown."""
+    found = read_records(records)
+    every = [_Runs.of(study, found) for study in studies]
+    return _render_index([runs for runs in every if runs.all], results)
+
+
+def _write(page: Path, text: str) -> Path:
+    page.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(page) as aside:
-        aside.write_text(_render(runs, pictures))
+        aside.write_text(text)
     return page
 
 
@@ -65,21 +81,21 @@ class _Runs:
 
     @classmethod
     def read(cls, study: Study, records: Path) -> _Runs:
-        by_name = {row.name: cls._of_recipe(row.name, records) for row in study.rows}
-        if not any(by_name.values()):
+        runs = cls.of(study, read_records(records))
+        if not runs.all:
             raise FileNotFoundError(f"{records} holds no finished run of study '{study.name}': run the study first")
+        return runs
+
+    @classmethod
+    def of(cls, study: Study, records: Iterable[RunRecord]) -> _Runs:
+        """Those of `records` that are runs of the study."""
+        by_name: dict[str, dict[int, RunRecord]] = {row.name: {} for row in study.rows}
+        for record in records:
+            if record.name in by_name:
+                by_name[record.name][record.seed] = record
         runs = cls(study, by_name)
         runs._check_pairs()
         return runs
-
-    @staticmethod
-    def _of_recipe(name: str, records: Path) -> dict[int, RunRecord]:
-        runs = [
-            RunRecord.read_finished(folder)
-            for folder in records.glob(f"{name}-s*")
-            if RECORD.sub("", folder.name) == name
-        ]
-        return {run.seed: run for run in sorted(runs, key=lambda run: run.seed)}
 
     def _check_pairs(self) -> None:
         for row, seed, ours, theirs in self.pairs():
@@ -110,10 +126,10 @@ class _Runs:
             for seed in sorted(ours.keys() & theirs.keys()):
                 yield row, seed, ours[seed], theirs[seed]
 
-    def values(self, name: str, figure: Callable[[RunRecord], float]) -> dict[int, float]:
+    def values(self, name: str, figure: Figure) -> dict[int, float]:
         return {seed: figure(run) for seed, run in self.by_name[name].items()}
 
-    def difference(self, row: Row, figure: Callable[[RunRecord], float]) -> list[float]:
+    def difference(self, row: Row, figure: Figure) -> list[float]:
         """Paired differences of a figure to the twin, by seed."""
         assert row.twin is not None
         return [*paired_differences(self.values(row.name, figure), self.values(row.twin, figure)).values()]
@@ -123,25 +139,26 @@ def _last(run: RunRecord) -> float:
     return run.last
 
 
-def _best(run: RunRecord) -> float:
-    return run.best
+def _last_average(run: RunRecord) -> float:
+    return run.evaluation("last_ema")["ema_top1"]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _render(runs: _Runs, pictures: Sequence[str]) -> str:
+def _render(runs: _Runs) -> str:
     study = runs.study
+    averaged = all("ema_top1" in run.evaluations[-1] for run in runs.all)
     sections = [
         f"# {study.name}: {study.question}",
-        f"Made by `python -m recipes.studies.compare {study.name} --report` from the collected records: every "
-        f"figure and every sentence below comes from them. {_evaluated_on(runs)}",
-        "## Accuracy\n\n" + _accuracy(runs),
-        *(["## Against the twin\n\n" + _against_twin(runs, pictures)] if runs.compared else []),
-        "## Over training\n\n![Top-1 over the epochs, and its difference to the twin](curves.png)\n\n"
-        "Lines are means over the seeds; bands, where they can be told apart, reach from the lowest to the highest.",
+        f"Made by `{COMMAND} {study.name} --report` from the collected records: every figure, and every sentence "
+        f"outside the notes. {_evaluated_on(runs)}",
+        *([f"![Gain of every recipe over its twin]({PICTURE})"] if runs.compared else []),
+        "## After the last epoch\n\n" + _table(runs, _last) + "\n\n" + _reading(runs),
+        *(["## The moving average of the weights\n\n" + _table(runs, _last_average)] if averaged else []),
+        *(["## Notes\n\n" + study.note] if study.note else []),
         "## Cost\n\n" + _cost(runs),
-        "## Gradient shares\n\n" + _gradient_shares(runs, pictures),
+        *(["## Gradient shares\n\n" + _gradient_shares(runs)] if _shares(runs) else []),
         "## Conditions\n\n" + _conditions(runs),
     ]
     return "\n\n".join(sections) + "\n"
@@ -160,53 +177,56 @@ def _evaluated_on(runs: _Runs) -> str:
     return f"Top-1 is in percent of {_joined(dict.fromkeys(images(run) for run in runs.all))}."
 
 
-def _accuracy(runs: _Runs) -> str:
-    sources = list(dict.fromkeys(row.published.source for row in runs.rows if row.published))
-    header = ["recipe", "what", "epochs", "runs", "last, mean", "sd", "best, mean", "sd"]
+def _table(runs: _Runs, figure: Figure) -> str:
+    """Top-1 of every row, and its paired difference to the twin."""
+    sources = _sources(runs)
+    header = ["recipe", "what", "epochs", "runs", "top-1", "sd"]
+    header += ["twin", "difference", "95 % interval"] if runs.compared else []
     rows = []
     for row in runs.rows:
-        last, best = (estimate([*runs.values(row.name, figure).values()]) for figure in (_last, _best))
+        value = estimate([*runs.values(row.name, figure).values()])
         epochs = dict.fromkeys(f"{run.evaluations[-1]['epoch']:g}" for run in runs.by_name[row.name].values())
-        figures = [f"{last.mean:.2f}", _sd(last), f"{best.mean:.2f}", _sd(best)]
-        rows.append([f"`{row.name}`", row.what, _joined(epochs), str(last.n), *figures])
+        cells = [f"`{row.name}`", row.what, _joined(epochs), str(value.n), f"{value.mean:.2f}", _sd(value)]
+        if row in runs.compared:
+            gain = estimate(runs.difference(row, figure))
+            cells += [f"`{row.twin}`", _signed(gain.mean), _interval(gain)]
+        elif runs.compared:
+            cells += [NONE, NONE, NONE]
         if sources:
-            mark = f" [{sources.index(row.published.source) + 1}]" if row.published else ""
-            rows[-1].append(f"{row.published.top1:.2f}{mark}" if row.published else NONE)
-    notes = (
-        "`last` is the top-1 after the last epoch, `best` that of the best epoch, chosen on the very images that it is "
-        "judged by, which flatters it. sd is the sample standard deviation (n - 1) over the seeds"
+            cells.append(_published(row, sources))
+        rows.append(cells)
+    return markdown_table([*header, *(["published, gain"] if sources else [])], rows)
+
+
+def _sources(runs: _Runs) -> list[str]:
+    return list(dict.fromkeys(row.published.source for row in runs.rows if row.published))
+
+
+def _published(row: Row, sources: Sequence[str]) -> str:
+    if row.published is None:
+        return NONE
+    gain = "" if row.published.gain is None else f", {_signed(row.published.gain)}"
+    return f"{row.published.top1:.2f}{gain} [{sources.index(row.published.source) + 1}]"
+
+
+def _reading(runs: _Runs) -> str:
+    """What the table says, and where its published figures are from."""
+    parts = []
+    if runs.compared:
+        verdicts: dict[str, list[str]] = {}
+        for row in runs.compared:
+            gain = estimate(runs.difference(row, _last))
+            verdicts.setdefault(gain.verdict, []).append(f"`{row.name}` ({_signed(gain.mean)})")
+        parts.append(_verdict(runs, verdicts))
+        if unequal := _unequal_settings(runs):
+            parts.append(f"Settings of data and optimisation in which a recipe differs from its twin: {unequal}.")
+    parts.append(
+        "sd is the sample standard deviation (n - 1) over the seeds"
         + ("; one run has none." if any(len(runs.by_name[row.name]) == 1 for row in runs.rows) else ".")
     )
-    if len(runs.rows) > 1:
-        top = max(runs.rows, key=lambda row: statistics.fmean(runs.values(row.name, _last).values()))
-        notes += f" The highest mean after the last epoch is that of `{top.name}`; means alone show no effect."
-    parts = [markdown_table([*header, *(["published"] if sources else [])], rows), notes]
-    if sources:
+    if sources := _sources(runs):
         listed = "\n".join(f"- [{mark}] {source}" for mark, source in enumerate(sources, start=1))
         parts.append(f"Published figures, none of them from this very recipe:\n\n{listed}")
-    return "\n\n".join(parts)
-
-
-def _against_twin(runs: _Runs, pictures: Sequence[str]) -> str:
-    header = ["recipe", "twin", "pairs", "last, difference", "95 % interval", "best, difference", "95 % interval"]
-    published = any(row.published and row.published.gain is not None for row in runs.compared)
-    rows = []
-    verdicts: dict[str, list[str]] = {}
-    for row in runs.compared:
-        last, best = (estimate(runs.difference(row, figure)) for figure in (_last, _best))
-        verdicts.setdefault(last.verdict, []).append(f"`{row.name}` ({_signed(last.mean)})")
-        gains = [figure for each in (last, best) for figure in (_signed(each.mean), _interval(each))]
-        if published:
-            gain = row.published.gain if row.published else None
-            gains.append(NONE if gain is None else _signed(gain))
-        rows.append([f"`{row.name}`", f"`{row.twin}`", str(last.n), *gains])
-    header += ["published gain"] if published else []
-    parts = [markdown_table(header, rows), _verdict(runs, verdicts)]
-    unequal = _unequal_settings(runs)
-    if unequal:
-        parts.append(f"Settings of data and optimisation in which a recipe differs from its twin: {unequal}.")
-    if "gains.png" in pictures:
-        parts.append("![Gain of every recipe over its twin](gains.png)")
     return "\n\n".join(parts)
 
 
@@ -238,7 +258,7 @@ def _verdict(runs: _Runs, verdicts: Mapping[str, Sequence[str]]) -> str:
             f"There are {intervals} of them, not corrected for their number: without any effect each excludes zero in "
             "1 of 20 studies."
         )
-    return "Last epoch. " + " ".join(sentences)
+    return " ".join(sentences)
 
 
 def _unequal_settings(runs: _Runs) -> str:
@@ -293,10 +313,8 @@ def _same_machine(ours: RunRecord, theirs: RunRecord) -> bool:
     return all(ours.environment.get(key) == theirs.environment.get(key) for key in keys)
 
 
-def _gradient_shares(runs: _Runs, pictures: Sequence[str]) -> str:
+def _gradient_shares(runs: _Runs) -> str:
     shares = _shares(runs)
-    if not shares:
-        return "No run measured them (`measure_every` was 0)."
     header = ["recipe", "loss", "runs", "mean over the run, %", "last epoch, %"]
     rows = []
     for row in runs.rows:
@@ -314,8 +332,7 @@ def _gradient_shares(runs: _Runs, pictures: Sequence[str]) -> str:
     )
     if others:
         note += f" Not measured: {_joined(others)}."
-    picture = "\n\n![Gradient shares over training](shares.png)" if "shares.png" in pictures else ""
-    return f"{markdown_table(header, rows)}\n\n{note}{picture}"
+    return f"{markdown_table(header, rows)}\n\n{note}"
 
 
 def _conditions(runs: _Runs) -> str:
@@ -376,7 +393,7 @@ def _by_recipe(runs: _Runs, value: Callable[[RunRecord], str]) -> str:
     return "; ".join(f"{text} ({_joined(names)})" for text, names in found.items())
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- the picture ------------------------------------------------------------------------------------------------------
 
 
 def _gains_figure(runs: _Runs) -> Any:
@@ -386,33 +403,62 @@ def _gains_figure(runs: _Runs) -> Any:
         values = runs.difference(row, _last)
         label = row.name if len(twins) == 1 else f"{row.name} over {row.twin}"
         gains.append(Gain(label, values, estimate(values), row.published.gain if row.published else None))
-    return draw_gains(gains, over=str(*twins) if len(twins) == 1 else "the twin") if gains else None
+    return draw_gains(gains, over=str(*twins) if len(twins) == 1 else "the twin")
 
 
-def _curves_figure(runs: _Runs) -> Any:
-    top1: dict[str, Series] = {
-        row.name: {
-            seed: [(record["epoch"], record["top1"]) for record in run.evaluations]
-            for seed, run in runs.by_name[row.name].items()
-        }
-        for row in runs.rows
-    }
-    return draw_curves(top1, {row.name: row.twin for row in runs.compared if row.twin})
-
-
-def _shares_figure(runs: _Runs) -> Any:
-    shares = _shares(runs)
-    return draw_shares(shares) if shares else None
-
-
-def _shares(runs: _Runs) -> dict[str, dict[str, Series]]:
-    """Gradient shares by loss and recipe."""
+def _shares(runs: _Runs) -> dict[str, dict[str, dict[int, Sequence[tuple[float, float]]]]]:
+    """Gradient shares by loss, recipe and seed."""
     found: dict[str, dict[str, dict[int, Sequence[tuple[float, float]]]]] = {}
     for row in runs.rows:
         for seed, run in runs.by_name[row.name].items():
             for term, points in run.shares.items():
                 found.setdefault(term, {}).setdefault(row.name, {})[seed] = points
-    return {term: dict(recipes) for term, recipes in found.items()}
+    return found
+
+
+# --- the page over all studies ----------------------------------------------------------------------------------------
+
+OTHER_PAGES = {
+    "benchmark/README.md": "what Tf-FD costs",
+    "benchmark/imagenet.md": "what a run on ImageNet would cost",
+    "channels/README.md": "what the losses do to channels",
+}
+
+
+def _render_index(pages: Sequence[_Runs], results: Path) -> str:
+    rows = []
+    certain: dict[str, str] = {}  # of every row with an interval, its difference where zero is not in it
+    for runs in pages:
+        gains = []
+        for row in runs.compared:
+            gain = estimate(runs.difference(row, _last))
+            spread = "" if gain.half_width is None else f" (n = {gain.n}, {_interval(gain)})"
+            gains.append(f"{row.what} {_signed(gain.mean)}{spread}")
+            if gain.half_width is not None:
+                excludes = gain.verdict in ("above", "below")
+                certain[row.name] = f"`{row.name}` ({_signed(gain.mean)}, n = {gain.n})" if excludes else ""
+        link = f"[{runs.study.name}]({runs.study.name}/{PAGE})"
+        rows.append([link, runs.study.question, _evaluated_briefly(runs), "; ".join(gains) or NONE])
+    excluding = [*filter(None, certain.values())]
+    other = [f"[{what}]({page})" for page, what in OTHER_PAGES.items() if (results / page).exists()]
+    text = [
+        "# What the runs show",
+        f"Made by `{COMMAND} STUDY --report` from the records in `records/`, one file a run, like every page that it "
+        "links to.",
+        markdown_table(["study", "question", "runs", "against the twin, points of top-1"], rows),
+        f"{len(certain)} rows have an interval (95 %, Student's t, paired by seed, not corrected for their number); "
+        f"{len(excluding)} of those exclude zero{': ' + _joined(excluding) if excluding else ''}. A difference without "
+        "an n is one pair of runs and shows nothing by itself. What else a reader has to know of the runs stands in "
+        "the notes of each page.",
+        *([f"Other pages: {'; '.join(other)}."] if other else []),
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def _evaluated_briefly(runs: _Runs) -> str:
+    epochs = sorted({run.recipe["optim"]["epochs"] for run in runs.all})
+    images = {"held-out images" if run.recipe["data"]["holdout"] else "test images" for run in runs.all}
+    return f"{len(runs.all)} of {_joined(map(str, epochs))} epochs, {_joined(sorted(images))}"
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

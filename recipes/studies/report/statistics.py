@@ -1,4 +1,4 @@
-"""Means, spreads and Student's t intervals of a few runs, in plain Python."""
+"""Means, spreads and Student's t intervals of a few runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from scipy.stats import t as student_t
 
 
 @dataclass(frozen=True)
@@ -48,35 +50,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def interval_factor(n: int) -> float:
     """Half-width of the 95 % interval of a mean of n values, in standard deviations."""
-    return t_quantile(0.975, n - 1) / math.sqrt(n)
+    return float(student_t.ppf(0.975, n - 1)) / math.sqrt(n)
 
 
 def paired_differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
     """Ours minus theirs for every seed that both have."""
     return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t distribution, for a probability in [0.5, 1) and whole degrees of freedom.
-
-    With theta = atan(t / sqrt(degrees)), P(|T| < t) is a finite sum of powers of cos theta (Abramowitz and Stegun,
-    "Handbook of Mathematical Functions", 26.7.3 and 26.7.4); it grows with theta, so halving finds its inverse.
-    """
-    low, high = 0.0, math.pi / 2
-    while low < (middle := (low + high) / 2) < high:
-        if _central_probability(middle, degrees) < 2 * probability - 1:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(degrees) * math.tan(low)
-
-
-def _central_probability(theta: float, degrees: int) -> float:
-    odd = degrees % 2
-    term = math.cos(theta) if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * math.cos(theta) ** 2
-        total += term
-    total *= math.sin(theta)
-    return 2 / math.pi * (theta + total) if odd else total
