@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,21 @@ def a_task(
             teacher = FrozenTeacher(other, stages)
     objective = TeacherDistillation(teacher, stages, replace(config, kd=kd), epochs=4)
     return DistillationTask(student, [objective], stages=stages, batches_per_epoch=2, measure_every=measure_every)
+
+
+RECIPE = Recipe(
+    name="test",
+    model="tffd_resnet20",
+    data=DataConfig(source="digits", image_size=SIZE, augment="none"),
+    optim=OptimConfig(epochs=2, batch_size=512, lr=0.05, weight_decay=5e-4),
+    run=RunConfig(log_every=1),
+)
+
+
+def task_of(recipe: Recipe) -> DistillationTask:
+    source, _ = build.open_sources(recipe.data)
+    model = network(0)
+    return build.make_task(recipe, model, build.image_spec(recipe, model), source, 3)
 
 
 def features_of(model: Any, images: Tensor) -> list[Tensor]:
@@ -244,6 +260,58 @@ def test_gradient_shares_are_measured_on_the_student_alone() -> None:
     assert result["grad_ratio/teacher_ce"] == 0
 
 
+# --- the student's own average ----------------------------------------------------------------------------------------
+
+AVERAGE = TeacherConfig("average", warmup_fraction=0.0, decay=0.75)
+
+
+def test_the_average_follows_the_student_by_its_decay_once_a_step() -> None:
+    task = task_of(vary(RECIPE, "test", teacher=AVERAGE, optim={"accumulate": 2}))
+    optimizer = torch.optim.SGD(task.get_eval_model().parameters(), lr=0.1)
+    average = task.objectives[0].teacher.network.model.head.fc.weight
+    student = task.get_eval_model().head.fc.weight
+    expected = student.detach().clone()
+    for step in range(6):
+        for _ in range(2):
+            task(*a_batch())["loss"].backward()
+        # timm: the weights themselves for two steps, then 1 - (1 + t) ** (-2 / 3) up to the decay
+        decay = 0.0 if step < 2 else min(0.75, 1 - step ** (-2 / 3))
+        expected = decay * expected + (1 - decay) * student.detach()
+        torch.testing.assert_close(average, expected)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_the_average_teaches_in_training_mode_and_is_taught_nothing() -> None:
+    task, (images, targets) = task_of(vary(RECIPE, "test", teacher=replace(AVERAGE, kd=KDConfig()))), a_batch()
+    teacher = task.objectives[0].teacher.network.model
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.1)  # else it would be the student
+    task.objectives[0].teacher.begin_batch = lambda batch: None
+    copy = deepcopy(teacher).train()
+    result = task(images, targets)
+    ours, theirs = features_of(network(0), images), features_of(copy, images)
+    error = sum(F.mse_loss(s, t) for s, t in zip(ours, theirs, strict=True)) / 3
+    assert result["features"].item() == pytest.approx(error.item(), rel=1e-5)
+    assert result["kd"].item() > 0
+    result["loss"].backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_run_taught_by_its_average_stops_and_resumes_to_the_bit_and_exports_the_student(tmp_path: Path) -> None:
+    def run(folder: str, **changes: Any) -> Path:
+        teacher = TeacherConfig("average", lambda_features=0.1)
+        return train(vary(RECIPE, "test", teacher=teacher, run={"output": tmp_path / folder, **changes}))
+
+    export = run("whole")
+    run("stopped", max_steps=4)
+    run("stopped")
+    last = [load_file(tmp_path / folder / "weights" / "last.safetensors") for folder in ("whole", "stopped")]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in network(0).state_dict())
+    assert load_file(export / "model.safetensors").keys() == network(0).state_dict().keys()
+
+
 # --- auxiliary branches -----------------------------------------------------------------------------------------------
 
 
@@ -355,7 +423,10 @@ def test_a_teacher_that_would_teach_nothing_is_refused() -> None:
     ("settings", "message"),
     [
         ({}, "which network teaches"),
-        ({"paradigm": "branches", "model": "resnet18"}, "leave the teacher's model 'resnet18' out"),
+        ({"paradigm": "branches", "model": "resnet18"}, "leave its model 'resnet18' out"),
+        ({"paradigm": "average", "seed": 3}, "leave its seed out"),
+        ({"paradigm": "average", "decay": 1.0}, "to be in"),
+        ({"model": "resnet18", "decay": 0.9}, "belongs to the teacher 'average' alone"),
         ({"paradigm": "online", "model": "resnet18", "weights": Path("x")}, "leave its weights x out"),
         ({"model": "resnet18", "seed": 3}, "leave its seed out"),
         ({"model": "resnet18", "lambda_features": -1.0}, "zero or more"),
@@ -379,21 +450,7 @@ def test_settings_of_distillation_that_make_no_sense_are_named(settings: dict[st
         KDConfig(**settings)
 
 
-# --- from a recipe ----------------------------------------------------------------------------------------------------
-
-RECIPE = Recipe(
-    name="test",
-    model="tffd_resnet20",
-    data=DataConfig(source="digits", image_size=SIZE, augment="none"),
-    optim=OptimConfig(epochs=2, batch_size=512, lr=0.05, weight_decay=5e-4),
-    run=RunConfig(log_every=1),
-)
-
-
-def task_of(recipe: Recipe) -> DistillationTask:
-    source, _ = build.open_sources(recipe.data)
-    model = network(0)
-    return build.make_task(recipe, model, build.image_spec(recipe, model), source, 3)
+# --- from a recipe ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ class Setting:
     num_classes: int
     epochs: float
     """Length of the run."""
+    batches_per_step: int
+    """Batches whose gradients make one step of the optimizer."""
     criterion: nn.Module
     """The classification loss."""
     labels: Tensor | None

@@ -1,4 +1,5 @@
-"""A second network that teaches its features or its logits: frozen, trained alongside, or branches of the student.
+"""A second network that teaches its features or its logits: frozen, trained alongside, branches of the student, or the
+student's own moving average.
 
 The teacher exploration of Li, ECCV 2022 (supplement, Table 1), and Tf-FD+ (Tf-FD with logit distillation). None of it
 is left in the exported student.
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .._lean import l2
@@ -22,7 +24,7 @@ from ..stages import Stages, find_stages, stage_activations
 from .base import Objective, StagedModel, View, Weight
 from .method import Method, Setting
 
-Paradigm = Literal["offline", "online", "branches"]
+Paradigm = Literal["offline", "online", "branches", "average"]
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,17 @@ class TeacherConfig(Method):
 
     paradigm: Paradigm = "offline"
     """'offline': trained before, frozen; 'online': trained alongside by its own cross-entropy; 'branches': trained so
-    too, but only the student's later stages and classifier once more, on its first stage."""
+    too, but only the student's later stages and classifier once more, on its first stage; 'average': the moving average
+    of the student's own weights."""
     model: str | None = None
-    """The teacher: timm's name with tag, hf-hub:ORG/NAME or local-dir:FOLDER; for 'branches' always the student's."""
+    """The teacher: timm's name with tag, hf-hub:ORG/NAME or local-dir:FOLDER; for 'branches' and 'average' always the
+    student's."""
     weights: Path | None = None
     """Weights file of an 'offline' teacher, in place of the released weights of its tag."""
     seed: int | None = None
     """Seed of the weights of an 'online' teacher or of branches; 1000 more than the run's when not given."""
+    decay: float | None = None
+    """Of 'average': how much of it stays at a step once training is under way; 0.999 when not given."""
     lambda_features: float = 1.0
     """Weight of the feature loss; 0 leaves it out. 1 is a gradient share near 100 % at first and 15 % once trained
     (ResNet-20 taught by another, CIFAR-100)."""
@@ -78,19 +84,21 @@ class TeacherConfig(Method):
     """Distillation of its logits."""
 
     def __post_init__(self) -> None:
-        offline, branches = self.paradigm == "offline", self.paradigm == "branches"
-        if branches and self.model is not None:
+        offline, own = self.paradigm == "offline", self.paradigm in ("branches", "average")
+        if own and self.model is not None:
             raise ValueError(
-                f"branches are copies of the student's own stages: leave the teacher's model '{self.model}' out"
+                f"the teacher '{self.paradigm}' is made of the student itself: leave its model '{self.model}' out"
             )
-        if not branches and self.model is None:
+        if not own and self.model is None:
             raise ValueError(f"which network teaches? give the model of the '{self.paradigm}' teacher")
         if self.weights is not None and not offline:
             raise ValueError(
                 f"a teacher that is trained alongside starts from scratch: leave its weights {self.weights} out"
             )
-        if self.seed is not None and offline:
-            raise ValueError("a frozen teacher draws no weights: leave its seed out")
+        if self.seed is not None and self.paradigm in ("offline", "average"):
+            raise ValueError(f"the teacher '{self.paradigm}' draws no weights: leave its seed out")
+        if self.decay is not None and not (self.paradigm == "average" and 0 <= self.decay < 1):
+            raise ValueError(f"decay {self.decay} is to be in [0, 1), and belongs to the teacher 'average' alone")
         if not self.lambda_features >= 0:
             raise ValueError(f"lambda_features is {self.lambda_features}; a loss weight is zero or more")
 
@@ -100,8 +108,13 @@ class TeacherConfig(Method):
         return bool(self.lambda_features or self.share_features)
 
     def build(self, setting: Setting) -> TeacherDistillation:
-        network, student = setting.second_network(self), setting.stages
+        student = setting.stages
         teacher: nn.Module
+        if self.paradigm == "average":
+            decay = 0.999 if self.decay is None else self.decay
+            teacher = AverageTeacher(setting, decay)
+            return TeacherDistillation(teacher, student, self, epochs=setting.epochs, criterion=setting.criterion)
+        network = setting.second_network(self)
         if self.paradigm == "branches":
             if setting.pre_activation:
                 raise ValueError(
@@ -121,17 +134,19 @@ class TeacherConfig(Method):
 
     @classmethod
     def describe(cls, settings: Mapping[str, Any]) -> str:
-        network = f"`{settings['model']}`" if settings["model"] else "branches of its own"
         features = settings["lambda_features"] or settings["share_features"]
-        taught = [*(["features"] if features else []), *(["logits"] if settings.get("kd") else [])]
-        return f"{' and '.join(taught)} of a second network ({network}, {settings['paradigm']})"
+        taught = " and ".join([*(["features"] if features else []), *(["logits"] if settings.get("kd") else [])])
+        if settings["paradigm"] == "average":
+            return f"{taught} of its own moving average"
+        network = f"`{settings['model']}`" if settings["model"] else "branches of its own"
+        return f"{taught} of a second network ({network}, {settings['paradigm']})"
 
     @classmethod
     def tag(cls, settings: Mapping[str, Any]) -> str:
         return "kd" if settings.get("kd") else str(settings["paradigm"])
 
 
-# --- the three kinds of teacher ---------------------------------------------------------------------------------------
+# --- the kinds of teacher ---------------------------------------------------------------------------------------------
 # Called with what the student's forward pass saw; answer with logits and the features of their stages.
 
 
@@ -197,6 +212,42 @@ class OnlineTeacher(nn.Module):
         self.network = StagedModel(model, stages, taps)
         self.stages = stages
 
+    def forward(self, view: View) -> tuple[Tensor, list[Tensor]]:
+        return self.network(view.images)
+
+
+class AverageTeacher(nn.Module):
+    """The exponential moving average of the student's weights, which learns nothing by itself.
+
+    It sees the student's batches in training mode, so BatchNorm normalises for both by the batch. Until some hundred
+    steps are done the average is a short one (timm's warm-up of `ModelEmaV3`).
+
+    Source: Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017.
+
+    Args:
+        setting: whose model is averaged.
+        decay: how much of the average stays at a step.
+    """
+
+    learns = False
+
+    def __init__(self, setting: Setting, decay: float) -> None:
+        super().__init__()
+        # Tuples: the student belongs to the task, and the average's weights are kept once, as `network`.
+        self._student = (setting.model,)
+        self._average = (ModelEmaV3(setting.model, decay=decay, use_warmup=True),)
+        copy = self._average[0].module.requires_grad_(False).train(setting.model.training)
+        self.stages = setting.stages
+        self.batches_per_step = setting.batches_per_step
+        taps = stage_activations(copy, setting.stages, setting.input_size) if setting.pre_activation else ()
+        self.network = StagedModel(copy, setting.stages, taps)
+
+    def begin_batch(self, batch: int) -> None:
+        """Take the student's last step in."""
+        if batch % self.batches_per_step == 0:
+            self._average[0].update(self._student[0], step=batch // self.batches_per_step)
+
+    @torch.no_grad()
     def forward(self, view: View) -> tuple[Tensor, list[Tensor]]:
         return self.network(view.images)
 
@@ -288,7 +339,7 @@ class TeacherDistillation(Objective):
     match the student's last ones.
 
     Args:
-        teacher: `FrozenTeacher`, `OnlineTeacher` or `AuxiliaryBranches`.
+        teacher: `FrozenTeacher`, `OnlineTeacher`, `AuxiliaryBranches` or `AverageTeacher`.
         stages: the student's stages.
         config: how features and logits are weighted.
         epochs: length of the run, which scales the warm-ups.
@@ -329,6 +380,10 @@ class TeacherDistillation(Objective):
             )
         if self.teacher.learns:
             self.weights["teacher_ce"] = Weight()
+
+    def begin_batch(self, epoch: float, batch: int) -> None:
+        if isinstance(self.teacher, AverageTeacher):
+            self.teacher.begin_batch(batch)
 
     def forward(self, view: View) -> dict[str, Tensor]:
         logits, features = self.teacher(view)

@@ -312,6 +312,7 @@ def make_task(
         image_stats=(spec.mean, spec.std),
         num_classes=source.num_classes,
         epochs=recipe.optim.epochs,
+        batches_per_step=recipe.optim.accumulate,
         criterion=criterion,
         labels=None if isinstance(source, StreamedSource) else source.labels,
         second_network=lambda config: second_network(config, recipe, source),
