@@ -447,6 +447,13 @@ def settings_on(base: str) -> tuple[Row, ...]:
             replace(between, lambda_inter=0.3, inter_loss="ickd", decay="off"),
         ),
         tffd("copyless", "within stages without copying: unit norm, a tenth learns, averaged salience", copyless),
+        Row(f"{base}-average", "features of its own moving average", {"teacher": TeacherConfig("average")}, twin),
+        Row(
+            f"{base}-average-kd",
+            "features and logits of its own moving average",
+            {"teacher": TeacherConfig("average", kd=KDConfig())},
+            twin,
+        ),
     )
 
 
