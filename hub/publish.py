@@ -32,6 +32,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from release import MANIFEST, release_of
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tffd_zoo._version import __version__
@@ -39,26 +41,21 @@ from tffd_zoo.cards import Twin
 from tffd_zoo.cli import run_cli
 from tffd_zoo.eval import EvalConfig
 from tffd_zoo.eval import main as evaluate
-from tffd_zoo.export import (
-    CARD,
+from tffd_zoo.export import rewrite_card
+from tffd_zoo.export_record import (
+    ALL_FILES,
     CONFIG,
-    CURVES,
-    ENVIRONMENT,
     METRICS,
-    RECIPE,
     SUMS,
-    WEIGHTS,
     ExportInfo,
     file_sha256,
-    rewrite_card,
+    find_export,
     verify_export,
 )
+from tffd_zoo.json_files import read_json
 from tffd_zoo.models import HubFile, add_release, releases
 from tffd_zoo.models.weights import reason_of
-from tffd_zoo.release import find_export, release_of
 
-RELEASE_FILES = {WEIGHTS, CONFIG, RECIPE, METRICS, ENVIRONMENT, CARD, CURVES, SUMS}
-"""All that a release may hold. There is no pickle among them."""
 HUB_FILES = {".gitattributes"}
 """What the Hub itself puts into a repository."""
 NO_COMMIT = "0" * 40
@@ -101,7 +98,7 @@ def main(config: PublishConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         info = prepare(config, Path(folder) / "release")
         entry = release_of(info, HubFile(config.repo, NO_COMMIT), config.hours)
-        logits = _logits(f"local-dir:{info.folder}")
+        logits = check_weights(info)
         if config.evaluate:
             check_metrics(info, config.evaluate, config.tolerance)
         print(f"{info.name} to {config.repo}, tag {config.tag}{', private' if config.private else ''}:")
@@ -120,7 +117,7 @@ def main(config: PublishConfig) -> None:
     print(f'  timm.create_model("hf-hub:{config.repo}@{config.tag}", pretrained=True)')
     entry = replace(entry, file=HubFile(config.repo, commit))
     if config.add_to_manifest:
-        add_release(entry, replaces=True)
+        add_release(entry, replaces=True, manifest=MANIFEST)
     print(f"{'added to the manifest' if config.add_to_manifest else 'manifest entry'}:")
     print(json.dumps(entry.to_json(), indent=2, ensure_ascii=False))
 
@@ -134,11 +131,29 @@ def prepare(config: PublishConfig, folder: Path) -> ExportInfo:
     """
     source = find_export(config.source)
     info = verify_export(source)
-    strangers = info.sha256.keys() - RELEASE_FILES
+    strangers = info.sha256.keys() - ALL_FILES
     if strangers:
         raise ValueError(f"{source} holds {', '.join(sorted(strangers))}, which no release has; export again")
     shutil.copytree(source, folder)
     return rewrite_card(folder, twin=_twin(info, config.twin), repo=config.repo)
+
+
+def check_weights(info: ExportInfo) -> Tensor:
+    """Load the very files that will be sent, as their users will, and return what the model makes of two images.
+
+    Raises:
+        ValueError: a weight or a logit is not finite, or there is not a logit for every label.
+    """
+    bad = [name for name, tensor in load_file(info.weights).items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f"weight {bad[0]!r} of {info.name} is not finite; export other weights (nothing was sent)")
+    logits = _logits(f"local-dir:{info.folder}")
+    if logits.shape != (2, len(info.config["label_names"])) or not torch.isfinite(logits).all():
+        raise ValueError(
+            f"{info.name} gives {tuple(logits.shape)} logits for two images, {len(info.config['label_names'])} labels, "
+            "and all of them have to be finite; export again (nothing was sent)"
+        )
+    return logits
 
 
 def check_metrics(info: ExportInfo, data: str, tolerance: int) -> None:
@@ -195,7 +210,7 @@ def send(info: ExportInfo, config: PublishConfig) -> str:
         obstacle = f"has {config.tag} already, at commit {tagged}, with other files; give this release another --tag"
     elif config.private and not head.private:
         obstacle = "is public already; change that in its settings, or drop --private"
-    elif strangers := held - RELEASE_FILES:
+    elif strangers := held - ALL_FILES:
         obstacle = f"holds {', '.join(sorted(strangers))}, which no release has; name another --repo"
     elif held_release != info.name:
         obstacle = f"holds {held_release}, and this is {info.name}; name another --repo"
@@ -252,7 +267,7 @@ def _twin(info: ExportInfo, folder: Path | None) -> Twin | None:
         return Twin(twin.name, twin.recipe, twin.metrics)
     name = f"{info.architecture}.ce_{info.tag}"
     return next(
-        (Twin(entry.name, entry.recipe, vars(entry.metrics)) for entry in releases() if entry.name == name), None
+        (Twin(entry.name, entry.recipe, entry.metrics.to_json()) for entry in releases() if entry.name == name), None
     )
 
 
@@ -294,7 +309,8 @@ def _holds(api: HfApi, repo: str, revision: str, info: ExportInfo) -> bool:
 def _name_of_release(repo: str, revision: str | None) -> str:
     """What the config of a published model says that it is."""
     with tempfile.TemporaryDirectory() as cache:
-        config = json.loads(Path(hf_hub_download(repo, CONFIG, revision=revision, cache_dir=cache)).read_text())
+        file = Path(hf_hub_download(repo, CONFIG, revision=revision, cache_dir=cache))
+        config = read_json(file, f"name a --repo whose {CONFIG} can be read")
     ours = config.get("tffd_zoo")
     return f"{ours['architecture']}.{ours['tag']}" if ours else "a model of another kind"
 
@@ -324,8 +340,11 @@ def _check_names(config: PublishConfig) -> None:
     validate_repo_id(config.repo)
     if "/" not in config.repo:
         raise ValueError(f"--repo {config.repo} has no organisation; name it like organisation/name")
-    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.tag)
-    if not plain or config.tag == "main" or re.fullmatch(r"[0-9a-f]{7,40}", config.tag):
+    # The Hub's tags are git's: no "..", no dot and no ".lock" at the end.
+    plain = re.fullmatch(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]*(?<!\.)(?<!\.lock)", config.tag)
+    if not plain:
+        raise ValueError(f"--tag {config.tag!r} is no name of a tag on the Hub; name it like v1")
+    if config.tag == "main" or re.fullmatch(r"[0-9a-f]{7,40}", config.tag):
         raise ValueError(f"--tag {config.tag} could be taken for a branch or a commit; name it like v1")
     if config.tolerance < 0:
         raise ValueError(f"--tolerance {config.tolerance} is no number of images; 0 is the strictest")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from tffd_zoo.cards import (
     render_card,
     render_results,
 )
+from tffd_zoo.data import ImageSpec
 from tffd_zoo.evaluation import EvalResult
-from tffd_zoo.models import Input, Metrics, Release, Training, WheelFile
+from tffd_zoo.models import Metrics, Release, Training, WheelFile
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, vary
 from tffd_zoo.tasks import CANONICAL, KDConfig, TeacherConfig, method_tag
 
@@ -38,11 +39,11 @@ TFFD = Recipe(
 PLAIN = vary(TFFD, "plain", tffd=None)
 EVALUATION = {"split": "test", "revision": "abc123", "held_out": 0}
 METRICS = {
-    **asdict(EvalResult(10_000, 6_912, 9_134, 69.12, 91.34, 1.2345, 5.67, 4.0, 2500.0)),
+    **EvalResult(10_000, 6_912, 9_134, {"top1": 69.12, "top5": 91.34, "nll": 1.2345, "ece": 5.67}, 4.0).to_json(),
     "params": 278_324,
     "macs": 40_818_944,
     "weights": "last",
-    "epoch": 240.0,
+    "weights_epoch": 240.0,
     "trained_epochs": 240.0,
     "evaluation": EVALUATION,
 }
@@ -199,7 +200,7 @@ def test_how_it_was_trained_is_told_from_recipe_and_environment() -> None:
 
 
 def test_a_run_that_was_cut_short_is_said_to_be() -> None:
-    info = replace(card_info(), metrics=METRICS | {"epoch": 0.32, "trained_epochs": 0.32})
+    info = replace(card_info(), metrics=METRICS | {"weights_epoch": 0.32, "trained_epochs": 0.32})
     assert "240 epochs (stopped after 0.32)" in section(render_card(info), "How it was trained")
     assert "|   0.32 |" in section(render_card(info), "Results")
 
@@ -227,7 +228,7 @@ def test_the_evaluation_can_be_repeated_from_the_card() -> None:
 
 
 def best(recipe: Recipe, **evaluation: Any) -> str:
-    metrics = METRICS | {"weights": "best_ema", "epoch": 200.0, "evaluation": EVALUATION | evaluation}
+    metrics = METRICS | {"weights": "best_ema", "weights_epoch": 200.0, "evaluation": EVALUATION | evaluation}
     return render_card(replace(card_info(recipe), metrics=metrics))
 
 
@@ -275,18 +276,19 @@ def test_a_run_shorter_than_the_literatures_is_said_to_be() -> None:
 
 
 def release(tag: str, correct1: int, recipe: Recipe) -> Release:
+    figures = {"top1": correct1 / 100, "top5": 90.0, "nll": 1.25, "ece": 4.5}
     return Release(
         architecture="tffd_resnet20",
         tag=tag,
         file=WheelFile(Path("weights.safetensors")),
         size=1,
         sha256="0" * 64,
-        input=Input((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0),
+        input=ImageSpec((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0),
         label_set="cifar100",
         label_names=("ant", "bee"),
         license="apache-2.0",
         recipe=recipe.to_dict(),
-        metrics=Metrics("uoft-cs/cifar100", "test", 10_000, correct1, 9_000, correct1 / 100, 90.0, 1.25, 4.5),
+        metrics=Metrics("uoft-cs/cifar100", "test", EvalResult(10_000, correct1, 9_000, figures)),
         training=Training(15, 0.75, 0, "abacus, 2 wires"),
     )
 

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,12 @@ from tffd_zoo.cli import run_cli
 from tffd_zoo.evaluation import EvalResult
 from tffd_zoo.export import (
     ExportConfig,
-    ExportInfo,
     export,
     export_run,
     main,
     rewrite_card,
-    verify_export,
-    write_sums,
 )
+from tffd_zoo.export_record import ExportInfo, verify_export, write_sums
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, vary
 from tffd_zoo.tasks import CANONICAL
 
@@ -49,7 +46,7 @@ RECIPE = Recipe(
     tffd=CANONICAL,
 )
 METRICS = {
-    **asdict(EvalResult(100, 40, 80, 40.0, 80.0, 1.5, 3.0, 1.0, 100.0)),
+    **EvalResult(100, 40, 80, {"top1": 40.0, "top5": 80.0, "nll": 1.5, "ece": 3.0}, 1.0).to_json(),
     "params": 1,
     "macs": 1,
     "evaluation": {"split": "test"},
@@ -360,6 +357,29 @@ def put_a_pickle_under_its_name(folder: Path) -> None:
     write_sums(folder)
 
 
+def edit(folder: Path, name: str, **changes: Any) -> None:
+    """Change a JSON file by hand, and the sums with it."""
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes, indent=2) + "\n")
+    write_sums(folder)
+
+
+def drop(folder: Path, figure: str) -> None:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    del metrics[figure]
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    write_sums(folder)
+
+
+def another_normalisation(folder: Path) -> None:
+    evaluation = json.loads((folder / "metrics.json").read_text())["evaluation"]
+    edit(folder, "metrics.json", evaluation=evaluation | {"mean": [0.1, 0.2, 0.3]})
+
+
+def a_pipe_for_a_recipe(folder: Path) -> None:
+    (folder / "recipe.json").unlink()
+    os.mkfifo(folder / "recipe.json")
+
+
 def leave_the_card_out_of_the_sums(folder: Path) -> None:
     lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
     (folder / "SHA256SUMS").write_text("".join(line for line in lines if "README" not in line))
@@ -376,13 +396,25 @@ def leave_the_card_out_of_the_sums(folder: Path) -> None:
         (swap_in_another_models_weights, "says architecture 'tffd_vgg8' and config.json 'tffd_resnet20'"),
         (put_a_pickle_under_its_name, "is not a safetensors file"),
         (leave_the_card_out_of_the_sums, "does not list README.md"),
+        (lambda folder: edit(folder, "config.json", num_classes=7), r"config\.json says 7 classes, and .* is for 10"),
+        (lambda folder: edit(folder, "config.json", label_names=["a", "b"]), r"says 10 classes and names 2"),
+        (lambda folder: edit(folder, "config.json", pretrained_cfg=None), r"exported: .*; export or download it again"),
+        (lambda folder: edit(folder, "recipe.json", name="another"), r"recipe\.json is not the recipe that .* trained"),
+        (another_normalisation, r"normalised with mean \[0\.1, 0\.2, 0\.3\], and config\.json says \[0\.\d"),
+        (lambda folder: drop(folder, "nll"), "metrics lack nll"),
+        (a_pipe_for_a_recipe, r"recipe\.json is no regular file"),
+        (lambda folder: (folder / "SHA256SUMS").write_text("nonsense\n"), r"SHA256SUMS, line 1 is damaged"),
+        (lambda folder: (folder / "SHA256SUMS").write_text(f"{'0' * 64}  ../x\n"), r"SHA256SUMS, line 1 is damaged"),
+        (lambda folder: ((folder / "metrics.json").write_text("[]"), write_sums(folder)), r"metrics\.json is damaged"),
+        (lambda folder: ((folder / "config.json").write_text(""), write_sums(folder)), r"config\.json is damaged"),
     ],
 )
 def test_a_changed_export_is_refused(change: Callable[[Path], None], complaint: str, exported: Path) -> None:
     verify_export(exported)
     change(exported)
-    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint) as caught:
         verify_export(exported)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_new_card_changes_nothing_but_the_card(exported: Path) -> None:
@@ -416,8 +448,10 @@ def finished(tmp_path: Path) -> Path:
     environment = {"device": "cpu", "hardware": "abacus", "packages": {"torch": "2", "timm": "1"}, "processes": 1}
     lines: list[dict[str, Any]] = [{"kind": "train", "step": 5, "epoch": 0.5, "loss": 1.0}]
     for epoch, correct in enumerate([10, 30, 20], start=1):
-        result = asdict(EvalResult(100, correct, 90, float(correct), 90.0, 1.0, 2.0, 1.0, 100.0))
-        average = asdict(EvalResult(100, correct + 5, 90, correct + 5.0, 90.0, 1.0, 2.0, 1.0, 100.0))
+        result, average = (
+            EvalResult(100, right, 90, {"top1": float(right), "top5": 90.0, "nll": 1.0, "ece": 2.0}, 1.0).to_json()
+            for right in (correct, correct + 5)
+        )
         ema = {f"ema_{name}": value for name, value in average.items()}
         lines.append({"kind": "eval", "step": 10 * epoch, "epoch": float(epoch), "train": {}, **result, **ema})
     for name, record in {"recipe": recipe.to_dict(), "data": data, "environment": environment}.items():
@@ -438,7 +472,8 @@ def test_a_run_is_exported_with_the_figures_of_the_weights_that_were_chosen(
 ) -> None:
     info = export_run(finished, weights)
     assert info.folder == finished / "export"
-    assert (info.metrics["epoch"], info.metrics["correct1"], info.metrics["trained_epochs"]) == (epoch, correct, 3)
+    assert (info.metrics["weights_epoch"], info.metrics["trained_epochs"]) == (epoch, 3)
+    assert info.metrics["correct1"] == correct
     assert info.metrics["evaluation"]["label_column"] == "target"
     assert (info.metrics["params"], info.metrics["macs"]) == (272_019, 10_203_328)
     exported, trained = (load_file(path) for path in (info.weights, finished / "weights" / f"{weights}.safetensors"))

@@ -16,10 +16,13 @@ import datasets
 import pytest
 import torch
 from loopback_hub import REPOSITORY_ROOT, LoopbackHub
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_export import small_export
 
 from tffd_zoo.data import open_source
-from tffd_zoo.export import rewrite_card, write_sums
+from tffd_zoo.export import rewrite_card
+from tffd_zoo.export_record import write_sums
 from tffd_zoo.models import Release
 
 PUBLISH = REPOSITORY_ROOT / "hub" / "publish.py"
@@ -141,7 +144,7 @@ def test_a_release_is_one_commit_of_all_files_tagged(
     entry = Release.from_json(done.entry, tmp_path)
     assert (entry.name, entry.file.pretrained_cfg()["hf_hub_id"]) == ("tffd_resnet20.digits", f"{repo}@{head.sha}")
     assert (entry.size, entry.sha256) == (len(before["model.safetensors"]), sums["model.safetensors"])
-    assert (entry.training.hours, entry.metrics.images, entry.input.size) == (0.25, 360, (3, 16, 16))
+    assert (entry.training.hours, entry.metrics.result.images, entry.input.input_size) == (0.25, 360, (3, 16, 16))
 
 
 def test_one_command_releases_what_loads_by_registered_name_hub_name_tag_and_commit(
@@ -346,6 +349,17 @@ def test_what_must_not_be_published_is_refused_before_anything_is_sent(
         data[-5] ^= 1
         (folder / "model.safetensors").write_bytes(data)
 
+    def spoil(folder: Path) -> None:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(folder / "model.safetensors")
+        next(iter(tensors.values())).view(-1)[0] = float("nan")
+        save_file(tensors, folder / "model.safetensors", metadata)
+
+    def miscount(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_classes": 7}))
+
     weights = "model.safetensors"
     other = {"x": torch.zeros(1)}
     cases = {
@@ -353,6 +367,8 @@ def test_what_must_not_be_published_is_refused_before_anything_is_sent(
         broken("pickle", lambda folder: torch.save(other, folder / weights)): "is not a safetensors file",
         broken("extra", lambda folder: torch.save(other, folder / "model.pt")): "model.pt, which no release has",
         broken("bare", lambda folder: (folder / "recipe.json").unlink()): "SHA256SUMS does not list recipe.json",
+        broken("nan", spoil): "is not finite; export other weights (nothing was sent)",
+        broken("count", miscount): "config.json says 7 classes, and",
         tmp_path: "is neither an export nor the folder of a run",
         tmp_path / "nothing": "is neither an export nor the folder of a run",
     }
@@ -363,7 +379,9 @@ def test_what_must_not_be_published_is_refused_before_anything_is_sent(
         ("--repo", "model"): "has no organisation",
         ("--repo", "or g/model"): "Repo id must use alphanumeric chars",
         ("--repo", repo, "--tag", "main"): "could be taken for a branch",
-        ("--repo", repo, "--tag", "v 1"): "could be taken for a branch",
+        ("--repo", repo, "--tag", "v 1"): "is no name of a tag on the Hub",
+        ("--repo", repo, "--tag", "v1..2"): "is no name of a tag on the Hub",
+        ("--repo", repo, "--tag", "v1.lock"): "is no name of a tag on the Hub",
     }.items():
         done = publish(run, *arguments)
         assert (done.code, message in done.err) == (2, True), done

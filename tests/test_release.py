@@ -1,4 +1,4 @@
-"""tffd_zoo.release: from an export to an entry of the manifest with its weights beside it."""
+"""hub/release.py: from an export to an entry of the manifest with its weights beside it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from small_export import small_export
 
+from hub.release import ReleaseConfig, main
 from tffd_zoo.data import ImageSpec, eval_loader, open_source
 from tffd_zoo.evaluation import evaluate
-from tffd_zoo.export import write_sums
+from tffd_zoo.export_record import write_sums
 from tffd_zoo.models import releases
-from tffd_zoo.release import ReleaseConfig, main
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,14 @@ def test_an_export_becomes_a_release_whose_weights_and_figures_are_its_own(run: 
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
     metrics = json.loads((run / "export" / "metrics.json").read_text())
     figures = ("images", "correct1", "correct5", "top1", "top5", "nll", "ece")
-    assert {name: getattr(entry.metrics, name) for name in figures} == {name: metrics[name] for name in figures}
+    assert {name: getattr(entry.metrics.result, name) for name in figures} == {name: metrics[name] for name in figures}
     assert (entry.metrics.dataset, entry.metrics.split, entry.label_set) == ("digits", "test", "digits")
     settings = entry.metrics.evaluation
-    assert (settings["crop_mode"], settings["device"]) == ("center", "cpu")
+    assert (entry.input.crop_mode, settings["device"]) == ("center", "cpu")
     assert settings["fingerprint"] == metrics["evaluation"]["fingerprint"]
     assert entry.recipe == json.loads((run / "export" / "recipe.json").read_text())
     assert (entry.training.epochs, entry.training.hours, entry.training.hardware) == (2, 0.25, "a small machine")
-    assert entry.input.size == (3, 16, 16)
+    assert entry.input.input_size == (3, 16, 16)
 
 
 def test_a_release_is_replaced_only_when_that_is_asked_for(run: Path, manifest: Path, tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_half_the_size_means_other_weights_and_figures_measured_on_them(run: Pat
         rounded = exported[name].half() if exported[name].is_floating_point() else exported[name]
         assert torch.equal(tensor, rounded.to(tensor.dtype)), name
 
-    spec = ImageSpec.from_model(model, input_size=entry.input.size)
+    spec = ImageSpec.from_model(model, input_size=entry.input.input_size)
     result = evaluate(model, eval_loader(open_source("digits", "test"), spec, 256), device="cpu", progress=False)
-    assert (entry.metrics.correct1, entry.metrics.correct5) == (result.correct1, result.correct5)
-    assert entry.metrics.nll == pytest.approx(result.nll, rel=1e-6)
-    assert entry.metrics.nll != json.loads((run / "export" / "metrics.json").read_text())["nll"]
+    assert (entry.metrics.result.correct1, entry.metrics.result.correct5) == (result.correct1, result.correct5)
+    assert entry.metrics.result.nll == pytest.approx(result.nll, rel=1e-6)
+    assert entry.metrics.result.nll != json.loads((run / "export" / "metrics.json").read_text())["nll"]

@@ -6,6 +6,7 @@ own card, MODEL_CARD.md, gets its figures from the manifest: `python -m tffd_zoo
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from .atomic import replacing_file
 from .cli import run_cli
 from .data.splits import same_split
+from .evaluation import FIGURES
 from .known_data import Dataset, find_dataset
-from .markdown import bullets, markdown_table
+from .markdown import bullets, code, escaped, markdown_table
 from .models import HubFile, Release, releases
 from .tasks import METHODS
 
@@ -71,6 +73,11 @@ class CardInfo:
         return find_dataset(self.recipe["data"]["source"], self.config["num_classes"])
 
     @property
+    def data_name(self) -> str:
+        """What the card calls the data set."""
+        return escaped(self.dataset.name)
+
+    @property
     def timms_own(self) -> bool:
         """timm builds it without this package."""
         return not self.config["architecture"].startswith("tffd_")
@@ -101,10 +108,7 @@ def render_results(entries: Sequence[Release]) -> str:
         "trained with",
         "data",
         "pixels",
-        "top-1 %",
-        "top-5 %",
-        "NLL",
-        "ECE %",
+        *(figure.heading for figure in FIGURES.values()),
         "epochs",
         "hours",
         "in",
@@ -113,12 +117,9 @@ def render_results(entries: Sequence[Release]) -> str:
         [
             f"`{entry.name}`",
             _short_method(entry.recipe),
-            f"{entry.metrics.dataset}, {entry.metrics.split}{_held_out(entry.metrics.evaluation)}",
-            str(entry.input.size[-1]),
-            f"{entry.metrics.top1:.2f}",
-            f"{entry.metrics.top5:.2f}",
-            f"{entry.metrics.nll:.4f}",
-            f"{entry.metrics.ece:.2f}",
+            f"{escaped(entry.metrics.dataset)}, {escaped(entry.metrics.split)}{_held_out(entry.metrics.evaluation)}",
+            str(entry.input.input_size[-1]),
+            *_shown(entry.metrics.result.figures),
             f"{entry.training.epochs:g}",
             f"{entry.training.hours:.2g}",
             "the Hub" if isinstance(entry.file, HubFile) else "the package",
@@ -126,7 +127,7 @@ def render_results(entries: Sequence[Release]) -> str:
         for entry in entries
     ]
     by_name = {entry.name: entry for entry in entries}
-    lines = [f"trained on: {hardware}" for hardware in sorted({entry.training.hardware for entry in entries})]
+    lines = [f"trained on: {escaped(hardware)}" for hardware in sorted({entry.training.hardware for entry in entries})]
     for entry in entries:
         if _chosen_on_its_test(entry.recipe, entry.metrics.split, entry.metrics.evaluation):
             lines.append(f"`{entry.name}`: {CHOSEN_ON_ITS_TEST}")
@@ -148,11 +149,12 @@ def _front_matter(info: CardInfo) -> str:
             dataset_name=dataset.name,
             dataset_split=metrics["evaluation"].get("split"),
             dataset_revision=metrics["evaluation"].get("revision"),
-            metric_type="accuracy",
-            metric_name=name,
-            metric_value=round(metrics[key], 4),
+            metric_type=figure.hub_metric,
+            metric_name=f"{figure.title} {figure.hub_metric} ({figure.unit})",
+            metric_value=round(metrics[name], 4),
         )
-        for key, name in (("top1", "top-1 accuracy (%)"), ("top5", "top-5 accuracy (%)"))
+        for name, figure in FIGURES.items()
+        if figure.hub_metric and name in metrics
     ]
     data = ModelCardData(
         library_name="timm",
@@ -176,7 +178,7 @@ def _summary(info: CardInfo) -> str:
     height, width = info.config["pretrained_cfg"]["input_size"][-2:]
     return (
         f"`{info.architecture}` ({metrics['params'] / 1e6:.2f} M parameters, {metrics['macs'] / 1e6:,.1f} M "
-        f"multiply-adds at {height} x {width} pixels), trained on {info.dataset.name} {_method(info.recipe)}. "
+        f"multiply-adds at {height} x {width} pixels), trained on {info.data_name} {_method(info.recipe)}. "
         f"Top-1 {metrics['top1']:.2f} %: {metrics['correct1']:,} of {metrics['images']:,} images."
     )
 
@@ -219,7 +221,7 @@ def _loading(info: CardInfo) -> str:
 
 
 def _results(info: CardInfo) -> str:
-    header = ["weights", "top-1 %", "top-5 %", "NLL", "ECE %", "epochs", "seed"]
+    header = ["weights", *(figure.heading for figure in FIGURES.values()), "epochs", "seed"]
     rows = [_result_row(info.name, info.recipe, info.metrics)]
     remark = ""
     if info.twin is not None:
@@ -245,19 +247,21 @@ def _comparison(run: Twin, twin: Twin) -> str:
 
 
 def _twin_of(entry: Release) -> Twin:
-    return Twin(entry.name, entry.recipe, vars(entry.metrics))
+    return Twin(entry.name, entry.recipe, entry.metrics.to_json())
 
 
 def _result_row(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
     return [
         f"`{name}`",
-        f"{metrics['top1']:.2f}",
-        f"{metrics['top5']:.2f}",
-        f"{metrics['nll']:.4f}",
-        f"{metrics['ece']:.2f}",
+        *_shown(metrics),
         f"{_trained_epochs(recipe, metrics):g}",
         str(recipe["run"]["seed"]),
     ]
+
+
+def _shown(values: Mapping[str, Any]) -> list[str]:
+    """Every figure as text."""
+    return [figure.shown(values.get(name)) for name, figure in FIGURES.items()]
 
 
 def _trained_epochs(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> float:
@@ -292,17 +296,17 @@ def _training(info: CardInfo) -> str:
     trained = _trained_epochs(info.recipe, info.metrics)
     cut_short = "" if trained == optim["epochs"] else f" (stopped after {trained:.3g})"
     lines = [
-        *([f"started from the weights of `{info.recipe['model']}`"] if info.recipe.get("pretrained") else []),
-        f"recipe `{info.recipe['name']}`: {optim['epochs']} epochs{cut_short}, {batch}",
-        f"optimizer {optim['opt']}, learning rate {optim['lr']:g} ({schedule}), "
+        *([f"started from the weights of {code(info.recipe['model'])}"] if info.recipe.get("pretrained") else []),
+        f"recipe {code(info.recipe['name'])}: {optim['epochs']} epochs{cut_short}, {batch}",
+        f"optimizer {escaped(optim['opt'])}, learning rate {optim['lr']:g} ({schedule}), "
         f"weight decay {optim['weight_decay']:g}, label smoothing {optim['label_smoothing']:g}",
-        f"augmentation {data['augment']}; split `{data['train_split']}` of {info.dataset.name}",
+        f"augmentation {data['augment']}; split {code(data['train_split'])} of {info.data_name}",
         f"seed {run['seed']}, one run; precision {run['precision'] if run['precision'] != 'no' else 'float32'}",
     ]
     if environment.get("hardware"):
         hours = environment.get("hours")
         took = f", {hours:.2g} hours (wall-clock, with whatever else ran there)" if hours else ""
-        lines.append(f"hardware: {environment['hardware']}{took}")
+        lines.append(f"hardware: {escaped(environment['hardware'])}{took}")
     if environment.get("packages"):
         lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in environment["packages"].items()))
     return bullets(lines) + "\n\n`recipe.json` holds every setting."
@@ -313,24 +317,29 @@ def _evaluation(info: CardInfo) -> str:
     preprocessing = info.config["pretrained_cfg"]
     height, width = preprocessing["input_size"][-2:]
     held_out = bool(evaluation.get("held_out"))
-    images = f"{metrics['images']:,} images{' held out of' if held_out else ','} split `{evaluation['split']}`"
+    images = f"{metrics['images']:,} images{' held out of' if held_out else ','} split {code(evaluation['split'])}"
     lines = [
-        f"{images} of {info.dataset.name}, each once",
+        f"{images} of {info.data_name}, each once",
         f"{height} x {width} pixels, {preprocessing['interpolation']} resizing, crop {preprocessing['crop_pct']:g} "
         f"({preprocessing['crop_mode']})",
-        "NLL in nats; ECE in 15 equal-width bins of confidence",
+        *(f"{figure.title}: {figure.meaning} ({figure.better} is better)" for figure in FIGURES.values()),
     ]
     if "weights" in metrics:
         which, _, ema = metrics["weights"].partition("_")
         average = "moving average of the " if ema else ""
         chosen = ", chosen by top-1" if which == "best" else ""
-        lines.append(f"{average}weights of the {which} epoch ({metrics['epoch']:g}){chosen}")
+        lines.append(f"{average}weights of the {which} epoch ({_weights_epoch(metrics):g}){chosen}")
     if held_out:
         return bullets(lines)
     source = f"hf-hub:{info.repo}" if info.repo else "local-dir:FOLDER"
     data = info.dataset.hub_id or info.recipe["data"]["source"]
-    command = f"python -m tffd_zoo.eval {source} --data {data} --split {evaluation['split']}"
-    return f"{bullets(lines)}\n\nRepeat it: `{command}`"
+    command = ["python", "-m", "tffd_zoo.eval", source, "--data", data, "--split", evaluation["split"]]
+    return f"{bullets(lines)}\n\nRepeat it: {code(shlex.join(command))}"
+
+
+def _weights_epoch(metrics: Mapping[str, Any]) -> float:
+    """The epoch that the weights are from; exports of version 0.1 call it `epoch`."""
+    return metrics["weights_epoch"] if "weights_epoch" in metrics else metrics["epoch"]
 
 
 def _limits(info: CardInfo) -> str:
@@ -342,12 +351,12 @@ def _limits(info: CardInfo) -> str:
     if usual and trained < usual:
         lines.append(
             f"What a full schedule gives: this was a run of {trained:.3g} epochs, where the literature's figures on "
-            f"{info.dataset.name} are mostly from {usual}, and they are not to be compared."
+            f"{info.data_name} are mostly from {usual}, and they are not to be compared."
         )
     if _trained_on_its_test(info):
         lines.append("The figures are from images that it was trained on: they say nothing about new ones.")
     lines += [
-        f"Nothing outside {info.dataset.name}: no other images, no shift, no corruption, no transfer to other tasks.",
+        f"Nothing outside {info.data_name}: no other images, no shift, no corruption, no transfer to other tasks.",
         "No check of how errors fall on groups of people or kinds of images.",
     ]
     return bullets(lines)
@@ -376,7 +385,7 @@ def _trained_on_its_test(info: CardInfo) -> bool:
 
 def _licence(info: CardInfo) -> str:
     return (
-        f"The weights are released under {LICENSE}; {info.dataset.name} has terms of its own. The method is Li's:\n\n"
+        f"The weights are released under {LICENSE}; {info.data_name} has terms of its own. The method is Li's:\n\n"
         f"```bibtex\n{CITATION}\n```"
     )
 

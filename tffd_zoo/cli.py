@@ -80,6 +80,11 @@ def _field_docs(config: type) -> dict[str, str]:
     }
 
 
+def printable(text: object) -> str:
+    """`text` without what would steer a terminal: a name in someone's data may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def guard(action: Callable[[], object]) -> None:
     """Run `action`; turn what a user can mend into one line and a non-zero exit code."""
     try:
@@ -87,7 +92,7 @@ def guard(action: Callable[[], object]) -> None:
     except USER_ERRORS as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         mend = "; free some space and run the same command again: nothing that was finished is lost" if full else ""
-        print(f"error: {error}{mend}", file=sys.stderr)
+        print(f"error: {printable(error)}{mend}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -27,7 +27,7 @@ from .allocator import keep_freed_memory
 from .atomic import replacing_file
 from .cli import run_cli
 from .data import ImageSource, ImageSpec, Loader, eval_loader, open_source
-from .evaluation import evaluate, evaluation_record
+from .evaluation import FIGURES, evaluate, evaluation_record
 from .loading import check_labels, check_model_name, load_model
 from .markdown import markdown_table
 from .suite import Subject, SuiteConfig, run_suite
@@ -180,14 +180,12 @@ def _run_suite(config: EvalConfig, source: ImageSource, state: PartialState, dev
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the figures of several models as a table."""
-    header = ["model", "top-1 %", "top-5 %", "NLL", "ECE %", "params, M", "multiply-adds, M", "images", "images/s"]
+    figures = [figure.heading for figure in FIGURES.values()]
+    header = ["model", *figures, "params, M", "multiply-adds, M", "images", "images/s"]
     rows = [
         [
             record["model"],
-            f"{record['top1']:.2f}",
-            f"{record['top5']:.2f}",
-            f"{record['nll']:.4f}",
-            f"{record['ece']:.2f}",
+            *(figure.shown(record.get(name)) for name, figure in FIGURES.items()),
             f"{record['params'] / 1e6:.2f}",
             f"{record['macs'] / 1e6:.1f}",
             f"{record['images']}",

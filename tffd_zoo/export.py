@@ -6,7 +6,6 @@ An export holds `model.safetensors`, timm's `config.json`, `recipe.json`, `metri
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -18,30 +17,33 @@ from typing import Any, Literal
 import timm
 import torch
 import tyro
-from huggingface_hub.utils.sha import sha_fileobj
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models._hub import save_config_for_hf
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from ._version import __version__
-from .atomic import replacing_folder, restore_folder, save_tensors
+from .atomic import replacing_folder, save_tensors
 from .cards import LICENSE, CardInfo, Twin, render_card
 from .cli import run_cli
 from .evaluation import EvalResult, model_cost
+from .export_record import (
+    AGAIN,
+    CARD,
+    CONFIG,
+    METRICS,
+    SUMS,
+    WEIGHTS,
+    ExportInfo,
+    verify_export,
+    write_sums,
+)
+from .json_files import read_json
 from .known_data import data_tag, portable, portable_recipe, portable_source
 from .models import tffd_imagenet
 from .run_record import CURVES, ENVIRONMENT, EXPORT, RECIPE, RunRecord, weights_file
 from .tasks import method_tag
-
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-METRICS = "metrics.json"
-CARD = "README.md"
-SUMS = "SHA256SUMS"
-REQUIRED_FILES = (WEIGHTS, CONFIG, RECIPE, METRICS, CARD)
-METRIC_KEYS = {field.name for field in dataclasses.fields(EvalResult)} | {"params", "macs", "evaluation"}
 
 NOT_TIMMS_WEIGHTS = dict.fromkeys(("origin_url", "paper_name", "paper_ids", "description", "notes"))
 """What an architecture's config says of the weights that timm has for it, and not of ours."""
@@ -49,43 +51,6 @@ MEND = "make it with timm.create_model, and give what was changed afterwards as 
 
 
 RunWeights = Literal["last", "best", "last_ema", "best_ema"]
-
-
-@dataclass(frozen=True)
-class ExportInfo:
-    """What a verified export holds."""
-
-    folder: Path
-    architecture: str
-    """The name in this zoo, `tffd_resnet18`; `config["architecture"]` is the one that timm builds, `resnet18`."""
-    tag: str
-    """`c100` (Tf-FD), `ce_c100` (plain) and so on."""
-    config: dict[str, Any]
-    """timm's `config.json`: architecture, classes with their names, preprocessing, constructor arguments."""
-    recipe: dict[str, Any]
-    metrics: dict[str, Any]
-    """Figures of these weights, with their evaluation settings."""
-    sha256: dict[str, str]
-    """Hash of every file, by name."""
-
-    @property
-    def name(self) -> str:
-        """Architecture and tag as timm joins them: `tffd_resnet20.c100`."""
-        return f"{self.architecture}.{self.tag}"
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / WEIGHTS
-
-    @property
-    def temperature(self) -> float | None:
-        """What predictions divide the logits by; None: these weights were not calibrated."""
-        return self.config["tffd_zoo"].get("temperature")
-
-    @property
-    def loading_line(self) -> str:
-        """The line of Python that loads it."""
-        return f'timm.create_model("local-dir:{self.folder}", pretrained=True)'
 
 
 def export(
@@ -119,9 +84,10 @@ def export(
         recipe: the resolved recipe of the run, as `Recipe.to_dict` gives it. Here and in `metrics` and `environment`,
             local paths are cut down to their last part: an export is made to be published, and the same wherever it was
             made.
-        metrics: figures of these weights, ready for JSON: the fields of `EvalResult`, `params`, `macs`, and
+        metrics: figures of these weights, ready for JSON: those of `EvalResult.to_json`, `params`, `macs`, and
             `evaluation` with the settings that they were measured at (`data`, `split`, ...), as `evaluation_record`
-            gives them; where known, which `weights` of the run they are, their `epoch`, and `trained_epochs`.
+            gives them; where known, which `weights` of the run they are, the
+            epoch that those are from (`weights_epoch`), and the run's length (`trained_epochs`).
         label_names: one per class, in the order of the logits.
         data_config: preprocessing for evaluation in timm's words (input_size, mean, std, interpolation, crop_pct,
             crop_mode); what is absent comes from the model's own config.
@@ -144,9 +110,9 @@ def export(
         )
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive; 1 leaves the logits as they are")
-    missing = METRIC_KEYS - metrics.keys()
-    if missing:
-        raise ValueError(f"metrics lack {', '.join(sorted(missing))}; evaluate the model and give all of them")
+    EvalResult.from_json(metrics)  # refuses what is missing
+    if missing := {"params", "macs", "evaluation"} - metrics.keys():
+        raise ValueError(f"metrics lack {', '.join(sorted(missing))}; take them from evaluation_record")
     tensors = model.state_dict()
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -185,7 +151,7 @@ def export(
             data_config=dict(data_config) if data_config else None,
         )
         # transformers passes the number of classes itself and stops where it finds it twice; timm reads it at the root.
-        config = _read_json(aside / CONFIG)
+        config = read_json(aside / CONFIG, AGAIN)
         config.get("model_args", {}).pop("num_classes", None)
         (aside / CONFIG).write_text(_to_json(config))
         (aside / RECIPE).write_text(recipe_json)
@@ -236,11 +202,11 @@ def export_run(
         raise ValueError(f"{file} does not hold the weights of {recipe['model']}: {_one_line(error)}") from error
     params, macs = model_cost(model, data["spec"]["input_size"])
     metrics = {
-        **{field.name: line[prefix + field.name] for field in dataclasses.fields(EvalResult)},
+        **EvalResult.from_json(line, prefix).to_json(),
         "params": params,
         "macs": macs,
         "weights": weights,
-        "epoch": line["epoch"],
+        "weights_epoch": line["epoch"],
         "trained_epochs": record.epochs_done,
         "evaluation": {
             "data": data["source"],
@@ -270,55 +236,6 @@ def export_run(
     )
 
 
-def verify_export(folder: Path | str) -> ExportInfo:
-    """Check every file of an export against `SHA256SUMS` and return what it holds, no tensor used.
-
-    Raises:
-        FileNotFoundError: `folder` is no export, or a file is missing.
-        ValueError: a file was changed or added, the weights are no safetensors file, or they belong to another model.
-    """
-    folder = Path(folder)
-    restore_folder(folder)
-    if not (folder / SUMS).is_file():
-        raise FileNotFoundError(
-            f"{folder} is not an export: it has no {SUMS}; write one with python -m tffd_zoo.export"
-        )
-    sha256 = read_sums(folder)
-    for name in sorted({*sha256, *REQUIRED_FILES}):
-        if name not in sha256:
-            raise ValueError(f"{folder}: {SUMS} does not list {name}, so it cannot be trusted; export again")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: {name} is missing; export or download it again")
-        if file_sha256(folder / name) != sha256[name]:
-            raise ValueError(f"{folder}: {name} is not the file that was exported (its sha256 differs); export again")
-    strangers = {path.name for path in folder.iterdir()} - {*sha256, SUMS}
-    if strangers:
-        raise ValueError(f"{folder} holds {', '.join(sorted(strangers))}, no part of the export; move it elsewhere")
-
-    config = _read_json(folder / CONFIG)
-    provenance = config.get("tffd_zoo", {})
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as weights:
-            metadata = weights.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: {WEIGHTS} is not a safetensors file ({error}); export again") from None
-    for key in ("architecture", "tag"):
-        if metadata.get(key) != provenance.get(key) or key not in metadata:
-            raise ValueError(
-                f"{folder}: {WEIGHTS} says {key} {metadata.get(key)!r} and {CONFIG} {provenance.get(key)!r}; "
-                "they come from different exports, export again"
-            )
-    return ExportInfo(
-        folder=folder,
-        architecture=metadata["architecture"],
-        tag=metadata["tag"],
-        config=config,
-        recipe=_read_json(folder / RECIPE),
-        metrics=_read_json(folder / METRICS),
-        sha256=sha256,
-    )
-
-
 def rewrite_card(folder: Path | str, *, twin: Twin | None = None, repo: str | None = None) -> ExportInfo:
     """Write the card of an export anew, now that its plain twin or its place on the Hub is known."""
     verify_export(folder)
@@ -328,35 +245,17 @@ def rewrite_card(folder: Path | str, *, twin: Twin | None = None, repo: str | No
     return verify_export(folder)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex()
-
-
-def read_sums(folder: Path) -> dict[str, str]:
-    """Read `SHA256SUMS`, as `sha256sum` writes it, into hashes by file name."""
-    lines = (folder / SUMS).read_text().splitlines()
-    return {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
-
-
-def write_sums(folder: Path) -> None:
-    """Write `SHA256SUMS` over all other files of `folder`; `sha256sum -c SHA256SUMS` checks it too."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{file_sha256(folder / name)}  {name}\n" for name in names))
-
-
 def _write_card(folder: Path, *, twin: Twin | None = None, repo: str | None = None) -> None:
     """Write the card from the records in `folder`, and the sums that cover it."""
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, AGAIN)
     card = render_card(
         CardInfo(
             architecture=config["tffd_zoo"]["architecture"],
             tag=config["tffd_zoo"]["tag"],
             config=config,
-            recipe=_read_json(folder / RECIPE),
-            metrics=_read_json(folder / METRICS),
-            environment=_read_json(folder / ENVIRONMENT) if (folder / ENVIRONMENT).exists() else None,
+            recipe=read_json(folder / RECIPE, AGAIN),
+            metrics=read_json(folder / METRICS, AGAIN),
+            environment=read_json(folder / ENVIRONMENT, AGAIN) if (folder / ENVIRONMENT).exists() else None,
             has_curves=(folder / CURVES).exists(),
             twin=twin,
             repo=repo,
@@ -370,10 +269,6 @@ def _tag_of_run(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """What taught it and what it was trained on."""
     trained_on = data_tag(portable_source(data["source"], data["revision"]), len(data["label_names"]))
     return "_".join(filter(None, [method_tag(recipe), trained_on]))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
 
 
 def _to_json(value: Mapping[str, Any]) -> str:

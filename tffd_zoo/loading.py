@@ -17,7 +17,7 @@ from torch import nn
 
 from . import models  # noqa: F401 (registers the zoo's architectures with timm)
 from .data import TrainSource
-from .export import CONFIG, SUMS, WEIGHTS, file_sha256, read_sums, verify_export
+from .export_record import AGAIN, CONFIG, SUMS, WEIGHTS, file_sha256, is_of_this_package, read_sums, verify_export
 from .json_files import read_json
 from .models.manifest import releases
 from .models.weights import reason_of
@@ -68,11 +68,11 @@ def load_model(name: str, num_classes: int | None = None) -> nn.Module:
         FileNotFoundError: a file of an export is missing.
     """
     source, model_id = parse_model_name(name)
-    if source == "local-dir" and (Path(model_id) / SUMS).exists():
-        verify_export(model_id)
+    if source == "local-dir":
+        _verify_folder(name, Path(model_id))
     try:
         if source == "hf-hub":
-            _verify_download(model_id)
+            _verify_download(name, model_id)
         return timm.create_model(name, pretrained=True, num_classes=num_classes)
     except (RuntimeError, SafetensorError) as error:  # how timm, torch and safetensors refuse
         raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
@@ -98,23 +98,58 @@ def temperature_of(name: str) -> float:
     return read_json(config, "export the run again").get("tffd_zoo", {}).get("temperature", 1.0)
 
 
-def _verify_download(model_id: str) -> None:
+def _verify_folder(name: str, folder: Path) -> None:
+    """Check an export; what was not exported by this package is left to timm.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not what was exported, or no file at all.
+    """
+    if (folder / SUMS).exists():
+        verify_export(folder)
+        return
+    for file in (folder / CONFIG, folder / WEIGHTS):
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{file} is no regular file; {AGAIN}")
+    if (folder / CONFIG).exists():
+        read_json(folder / CONFIG, AGAIN)
+    if is_of_this_package(folder / WEIGHTS):
+        _say_unchecked(name)
+
+
+def _say_unchecked(name: str) -> None:
+    _logger.warning(
+        "%s is UNCHECKED: its weights were exported by this package, but the %s that tells whether they are still the "
+        "same is gone; %s",
+        name,
+        SUMS,
+        AGAIN,
+    )
+
+
+def _verify_download(name: str, model_id: str) -> None:
     """Compare an export on the Hub with its `SHA256SUMS`: neither timm nor the Hub's client looks at the bytes.
 
-    What was not exported by this package, or is in the cache without its sums, is left to timm.
+    What was not exported by this package is left to timm; an export whose sums are gone is said to be unchecked.
 
     Raises:
         ValueError: a file that timm would load is another one.
     """
     repo, revision = hf_split(model_id)
     config = Path(hf_hub_download(repo, CONFIG, revision=revision))
-    if "tffd_zoo" not in read_json(config, "delete that file and try again"):
-        return
+    ours = "tffd_zoo" in read_json(config, "delete that file and try again")
     try:
-        sums = read_sums(Path(hf_hub_download(repo, SUMS, revision=revision)).parent)
+        weights = Path(hf_hub_download(repo, WEIGHTS, revision=revision))
     except EntryNotFoundError:
         return
-    for path in (config, Path(hf_hub_download(repo, WEIGHTS, revision=revision))):
+    try:
+        sums = read_sums(Path(hf_hub_download(repo, SUMS, revision=revision)).parent) if ours else None
+    except EntryNotFoundError:
+        sums = None
+    if sums is None:
+        if is_of_this_package(weights):
+            _say_unchecked(name)
+        return
+    for path in (config, weights):
         if file_sha256(path) != sums.get(path.name):
             raise ValueError(
                 f"{path.resolve()} is not the {path.name} that {SUMS} lists; delete that file and try again, and if "

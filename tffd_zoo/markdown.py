@@ -24,6 +24,17 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(cells[0]), "| " + " | ".join(rule) + " |", *(line(row) for row in cells[1:])])
 
 
+def escaped(text: str) -> str:
+    """Return `text` so that Markdown and HTML show it as it is, on one line, in a table's cell too."""
+    plain = re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in text)).strip()
+    return re.sub(r"[\\`*\[\]<>|~&$]|_(?!\w)|(?<!\w)_", lambda found: f"\\{found[0]}", plain)
+
+
+def code(text: str) -> str:
+    """Return `text` as code in a line; what would end it there or in a table's cell is left out."""
+    return f"`{re.sub(r'[`|]', '', ''.join(c if c.isprintable() else ' ' for c in text))}`"
+
+
 def bullets(lines: Sequence[str]) -> str:
     """Return a Markdown list."""
     return "\n".join(f"- {line}" for line in lines)

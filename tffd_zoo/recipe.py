@@ -193,6 +193,14 @@ class Recipe:
     """DropBlock and Dropout."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(
+                f"--name {self.name!r} cannot name the run's folder: letters, digits, '.', '_' and '-', such as tffd-2"
+            )
+        if not re.fullmatch(r"[a-z0-9_]+", self.tag):
+            raise ValueError(f"--tag {self.tag!r} cannot be released: small letters, digits and '_', such as ce_c100")
+
     @property
     def folder(self) -> Path:
         """Where the run lies."""

@@ -21,6 +21,9 @@ from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs
 from torch import Tensor
 
 from ..atomic import replacing_file
+from ..data.loaders import ImageSpec
+from ..evaluation import COUNTS, FIGURES, EvalResult
+from ..json_files import read_json
 from .weights import download, read_verified
 
 MANIFEST = Path(__file__).with_name("manifest.json")
@@ -87,29 +90,6 @@ class HubFile:
 
 
 @dataclass(frozen=True)
-class Input:
-    """What the model expects of an image."""
-
-    size: tuple[int, int, int]
-    """Channels, height, width."""
-    mean: tuple[float, ...]
-    """Mean of each channel, of values in [0, 1]."""
-    std: tuple[float, ...]
-    """Standard deviation of each channel."""
-    interpolation: str
-    """How an image of another size is resized, timm's name."""
-    crop_pct: float
-    """Share of the resized image's side that the centre crop keeps."""
-
-    def __post_init__(self) -> None:
-        _require(len(self.size) == 3 and all(n > 0 for n in self.size), f"input size {self.size} is not (C, H, W)")
-        _require(len(self.mean) == len(self.std) == self.size[0], "mean and std need one value for each channel")
-        _require(all(s > 0 for s in self.std), f"std {self.std} is not positive")
-        _require(self.interpolation in INTERPOLATIONS, f"interpolation {self.interpolation!r}: not in {INTERPOLATIONS}")
-        _require(0 < self.crop_pct <= 1, f"crop_pct {self.crop_pct} is not in (0, 1]")
-
-
-@dataclass(frozen=True)
 class Metrics:
     """The figures of one evaluation, and of what."""
 
@@ -117,33 +97,46 @@ class Metrics:
     """Hub id or name of the dataset."""
     split: str
     """Split of the dataset."""
-    images: int
-    """Images evaluated."""
-    correct1: int
-    """Images whose class has the highest logit."""
-    correct5: int
-    """Images whose class is among the five highest logits."""
-    top1: float
-    """100 * correct1 / images, percent."""
-    top5: float
-    """100 * correct5 / images, percent."""
-    nll: float
-    """Mean negative log-likelihood, nats."""
-    ece: float
-    """Expected calibration error in 15 bins, percent."""
+    result: EvalResult
+    """The figures; how long it took is not kept."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """What else the figures depend on: which weights of the run (`weights`, `held_out`), `precision`, `device` and
     versions, `revision` and `fingerprint` of the data. The preprocessing is the entry's `input`."""
 
     def __post_init__(self) -> None:
+        result = self.result
         _require(
-            0 <= self.correct1 <= self.correct5 <= self.images != 0,
-            f"{self.correct1} and {self.correct5} correct of {self.images} images cannot be",
+            0 <= result.correct1 <= result.correct5 <= result.images != 0,
+            f"{result.correct1} and {result.correct5} correct of {result.images} images cannot be",
         )
-        for percent, correct in ((self.top1, self.correct1), (self.top5, self.correct5)):
-            exact = 100 * correct / self.images
-            _require(abs(percent - exact) < 1e-3, f"{correct} correct of {self.images} are {exact} %, not {percent} %")
-        _require(self.nll >= 0 and 0 <= self.ece <= 100, f"nll {self.nll} or ece {self.ece} is out of range")
+        for percent, correct in ((result.top1, result.correct1), (result.top5, result.correct5)):
+            exact = 100 * correct / result.images
+            _require(
+                abs(percent - exact) < 1e-3, f"{correct} correct of {result.images} are {exact} %, not {percent} %"
+            )
+        for name, value in result.figures.items():
+            low, high = FIGURES[name].low, FIGURES[name].high
+            _require(low <= value <= high, f"{name} {value} is out of range, which is {low:g} to {high:g}")
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat record, as the manifest holds it."""
+        return {
+            "dataset": self.dataset,
+            "split": self.split,
+            **replace(self.result, seconds=None).to_json(),
+            "evaluation": dict(self.evaluation),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Metrics:
+        """What `to_json` wrote, also before the figures were known that have come since."""
+        known = {"dataset", "split", "evaluation", *COUNTS, *FIGURES}
+        if unknown := values.keys() - known:
+            raise ValueError(f"Metrics has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+        if missing := {"dataset", "split"} - values.keys():
+            raise ValueError(f"Metrics lacks {', '.join(sorted(missing))}")
+        evaluation = dict(values.get("evaluation", {}))
+        return cls(values["dataset"], values["split"], EvalResult.from_json(values), evaluation)
 
 
 @dataclass(frozen=True)
@@ -178,7 +171,8 @@ class Release:
     """Bytes of the file."""
     sha256: str
     """SHA-256 of the file, 64 hex digits."""
-    input: Input
+    input: ImageSpec
+    """How it wants its images."""
     label_set: str
     """Name that the class names have in the manifest, e.g. `cifar100`."""
     label_names: tuple[str, ...]
@@ -197,6 +191,7 @@ class Release:
         _require(self.temperature is None or self.temperature > 0, f"temperature {self.temperature} is not positive")
         for part in (self.architecture, self.tag, self.label_set):
             _require(re.fullmatch(r"[a-z0-9_]+", part), f"{part!r} may hold only a-z, 0-9 and _")
+        _check_input(self.input)
         _require(self.size > 0, f"size {self.size} is not positive")
         _require(re.fullmatch(r"[0-9a-f]{64}", self.sha256), f"sha256 {self.sha256!r} is not 64 hex digits")
         _require(bool(self.license), "license must be given")
@@ -215,11 +210,12 @@ class Release:
             **self.file.pretrained_cfg(),
             "num_classes": len(self.label_names),
             "label_names": self.label_names,
-            "input_size": self.input.size,
+            "input_size": self.input.input_size,
             "mean": self.input.mean,
             "std": self.input.std,
             "interpolation": self.input.interpolation,
             "crop_pct": self.input.crop_pct,
+            "crop_mode": self.input.crop_mode,
             "license": self.license,
         }
 
@@ -235,7 +231,15 @@ class Release:
     def to_json(self) -> dict[str, Any]:
         """The entry as JSON holds it, complete with its class names."""
         file = {"wheel": self.file.path.name} if isinstance(self.file, WheelFile) else asdict(self.file)
-        entry = {**asdict(self), "file": file}
+        entry = {
+            **{each.name: getattr(self, each.name) for each in fields(self)},
+            "file": file,
+            "input": _input_json(self.input),
+            "label_names": list(self.label_names),
+            "recipe": dict(self.recipe),
+            "metrics": self.metrics.to_json(),
+            "training": asdict(self.training),
+        }
         return entry if self.temperature is not None else {k: v for k, v in entry.items() if k != "temperature"}
 
     @classmethod
@@ -250,9 +254,9 @@ class Release:
             file = entry["file"]
             parts = {
                 "file": _wheel_file(folder, **file) if file.keys() == {"wheel"} else _build(HubFile, file),
-                "input": _build(Input, entry["input"]),
+                "input": _input_of(entry["input"]),
                 "label_names": tuple(entry["label_names"]),
-                "metrics": _build(Metrics, entry["metrics"]),
+                "metrics": Metrics.from_json(entry["metrics"]),
                 "training": _build(Training, entry["training"]),
             }
             return cls(**{**entry, **parts})
@@ -305,7 +309,7 @@ def default_cfgs(architectures: Mapping[str, Mapping[str, Any]], manifest: Path 
     for architecture, bare in architectures.items():
         for entry in released[architecture]:
             reduction = bare["input_size"][-1] // bare["pool_size"][-1]
-            pool_size = tuple(-(-side // reduction) for side in entry.input.size[1:])
+            pool_size = tuple(-(-side // reduction) for side in entry.input.input_size[1:])
             cfgs[entry.name] = {**bare, **entry.pretrained_cfg(), "pool_size": pool_size}
         if not released[architecture]:
             cfgs[architecture] = bare
@@ -371,7 +375,7 @@ def _require_fit(entry: Release) -> None:
     if not timm.is_model(entry.architecture):
         raise ValueError(f"{entry.architecture} is not a registered architecture: see timm.list_models('tffd_*')")
     model = timm.create_model(
-        entry.architecture, num_classes=len(entry.label_names), in_chans=entry.input.size[0], device="meta"
+        entry.architecture, num_classes=len(entry.label_names), in_chans=entry.input.input_size[0], device="meta"
     )
     try:
         model.load_state_dict(state_dict, assign=True)
@@ -381,12 +385,18 @@ def _require_fit(entry: Release) -> None:
 
 @functools.cache
 def _read(manifest: Path) -> tuple[Release, ...]:
+    mend = "restore it from the repository or reinstall the package"
+    content = read_json(manifest, mend)
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
         entries = [{**entry, "label_names": content["label_sets"][entry["label_set"]]} for entry in content["releases"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{manifest} is not a manifest of releases and the label_sets they name: {error!r}") from error
-    found = [Release.from_json(entry, manifest.parent / "weights") for entry in entries]
+        raise ValueError(
+            f"{manifest} is not a manifest of releases and the label_sets they name: {error!r}; {mend}"
+        ) from error
+    try:
+        found = [Release.from_json(entry, manifest.parent / "weights") for entry in entries]
+    except ValueError as error:
+        raise ValueError(f"{manifest}: {error}; {mend}") from error
     names = [entry.name for entry in found]
     for name in names:
         if names.count(name) > 1:
@@ -408,6 +418,31 @@ def _write(entries: Sequence[Release], manifest: Path) -> None:
 def _rank(entry: Release) -> tuple[str, bool, str]:
     """Sort key: by architecture, Tf-FD's own weights before the baselines."""
     return entry.architecture, entry.tag.startswith(BASELINE_TAGS), entry.tag
+
+
+def _input_json(spec: ImageSpec) -> dict[str, Any]:
+    """A spec as the manifest holds it: `size` for `input_size`, and no crop_mode where that is timm's usual one."""
+    entry = {name.removeprefix("input_"): value for name, value in asdict(spec).items()}
+    return {name: value for name, value in entry.items() if (name, value) != ("crop_mode", "center")}
+
+
+def _input_of(entry: Mapping[str, Any]) -> ImageSpec:
+    """The spec that `_input_json` wrote."""
+    known = {each.name.removeprefix("input_"): each.name for each in fields(ImageSpec)}
+    if missing := known.keys() - entry.keys() - {"crop_mode"}:
+        raise ValueError(f"input lacks {', '.join(sorted(missing))}")
+    if unknown := entry.keys() - known.keys():
+        raise ValueError(f"input has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+    return ImageSpec(**{known[name]: value for name, value in entry.items()})
+
+
+def _check_input(spec: ImageSpec) -> None:
+    size = spec.input_size
+    _require(len(size) == 3 and all(n > 0 for n in size), f"input size {size} is not (C, H, W)")
+    _require(len(spec.mean) == len(spec.std) == size[0], "mean and std need one value for each channel")
+    _require(all(s > 0 for s in spec.std), f"std {spec.std} is not positive")
+    _require(spec.interpolation in INTERPOLATIONS, f"interpolation {spec.interpolation!r}: not in {INTERPOLATIONS}")
+    _require(0 < spec.crop_pct <= 1, f"crop_pct {spec.crop_pct} is not in (0, 1]")
 
 
 def _wheel_file(folder: Path, wheel: str) -> WheelFile:

@@ -6,7 +6,6 @@ In order: processes, data and precision, model and task, optimisation, what is o
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import math
 import time
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from ..allocator import keep_freed_memory
 from ..data import Batch, Loader
-from ..evaluation import EvalResult, NonFiniteLogits, evaluate
+from ..evaluation import FIGURES, EvalResult, NonFiniteLogits, evaluate
 from ..export import export_run
 from ..recipe import OptimConfig, Recipe
 from ..tasks import DistillationTask
@@ -216,18 +215,19 @@ def train(recipe: Recipe) -> Path:
                         f"loss '{prefix}nll' of the evaluation was not finite after step {progress.step}; the "
                         "checkpoints are from before that: lower --lr, and pass --output with a new folder"
                     ) from error
-                line |= {f"{prefix}{name}": value for name, value in dataclasses.asdict(result).items()}
+                line |= {f"{prefix}{name}": value for name, value in result.to_json().items()}
                 folder.save_weights(weights, "last", ema=bool(prefix))
                 if result.top1 > progress.best.get(prefix, -1.0):
                     progress.best[prefix] = result.top1
                     folder.save_weights(weights, "best", ema=bool(prefix))
             folder.append({**line, "hours": progress.hours})
             folder.save_checkpoint(progress.step)
-            accelerator.log({f"eval/{name}": line[name] for name in ("top1", "top5", "nll", "ece")}, step=progress.step)
+            accelerator.log({f"eval/{name}": line[name] for name in FIGURES}, step=progress.step)
             if accelerator.is_main_process:
+                shown = ", ".join(f"{figure.title} {figure.shown(line[name])}" for name, figure in FIGURES.items())
                 bar.write(
-                    f"epoch {progress.fraction:g}: train loss {losses['loss']:.3f}, top-1 {line['top1']:.2f} "
-                    f"(best {progress.best['']:.2f}), top-5 {line['top5']:.2f}, NLL {line['nll']:.3f}"
+                    f"epoch {progress.fraction:g}: train loss {losses['loss']:.3f}, {shown}; "
+                    f"best top-1 {progress.best['']:.2f}"
                 )
             if stop.agreed and progress.step < total_steps:
                 _leave(stop, folder, progress)

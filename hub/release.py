@@ -1,16 +1,16 @@
 """Release an export: from its records to an entry of the manifest, its weights in the wheel.
 
-    python -m tffd_zoo.release runs/tffd-tffd_resnet20-s0
+    python hub/release.py runs/tffd-tffd_resnet20-s0
 
-From the next start of Python on, `timm.create_model("tffd_resnet20", pretrained=True)` loads them without network. What
-is too large for the wheel goes to the Hub: `hub/publish.py --add-to-manifest`.
+It writes into the clone that it lies in, not into what pip has installed, and says where. From the next start of Python
+on, `timm.create_model("tffd_resnet20", pretrained=True)` loads them without network. What is too large for the wheel
+goes to the Hub: `hub/publish.py --add-to-manifest`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -18,18 +18,20 @@ from typing import Annotated
 import tyro
 from accelerate import PartialState
 
-from .cli import run_cli
-from .data import ImageSpec, eval_loader, open_source
-from .data.memory import AUGMENTS
-from .evaluation import evaluate, evaluation_record
-from .export import CURVES, ENVIRONMENT, SUMS, WEIGHTS, ExportInfo, export, verify_export
-from .known_data import find_dataset
-from .loading import check_labels, load_model
-from .models import HubFile, Input, Metrics, Release, Training, WheelFile, add_release, releases
-from .models.manifest import MANIFEST
+from tffd_zoo.cli import run_cli
+from tffd_zoo.data import ImageSpec, eval_loader, open_source
+from tffd_zoo.data.memory import AUGMENTS
+from tffd_zoo.evaluation import EvalResult, evaluate, evaluation_record
+from tffd_zoo.export import export
+from tffd_zoo.export_record import WEIGHTS, ExportInfo, find_export, verify_export
+from tffd_zoo.known_data import find_dataset
+from tffd_zoo.loading import check_labels, load_model
+from tffd_zoo.models import HubFile, Metrics, Release, Training, WheelFile, add_release, releases
+from tffd_zoo.run_record import CURVES, ENVIRONMENT
 
-FIGURES = ("images", "correct1", "correct5", "top1", "top5", "nll", "ece")
-TOLD_ELSEWHERE = {"data", "split", "input_size", "mean", "std", "interpolation", "crop_pct"}
+MANIFEST = Path(__file__).parents[1] / "tffd_zoo" / "models" / "manifest.json"
+"""That of this clone."""
+TOLD_ELSEWHERE = {"data", "split", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
 """Settings of an evaluation that an entry has under names of its own."""
 
 
@@ -48,7 +50,7 @@ class ReleaseConfig:
     data: str | None = None
     """The images that the figures are from: a Hub id or a folder."""
     manifest: Path = MANIFEST
-    """The manifest; the weights go to weights/ beside it."""
+    """The manifest, that of this clone when not given; the weights go to weights/ beside it."""
 
 
 def main(config: ReleaseConfig) -> None:
@@ -58,6 +60,7 @@ def main(config: ReleaseConfig) -> None:
         ValueError, OSError: the export or its entry is not right; nothing was changed.
     """
     info = verify_export(find_export(config.source))
+    print(f"{info.name} goes to {config.manifest} and weights/ beside it")
     with TemporaryDirectory() as scratch:
         if config.half:
             if config.data is None:
@@ -66,18 +69,6 @@ def main(config: ReleaseConfig) -> None:
         entry = release_of(info, WheelFile(info.weights), config.hours)
         stored = add_release(entry, replaces=config.replace, manifest=config.manifest)
     print(f'{config.manifest} has {stored.name}: timm.create_model("{stored.name}", pretrained=True)')
-
-
-def find_export(folder: Path) -> Path:
-    """The export that `folder` is, or that the run in `folder` has.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    for candidate in (folder, folder / "export"):
-        if (candidate / SUMS).is_file():
-            return candidate
-    raise FileNotFoundError(f"{folder} is neither an export nor the folder of a run that has one; finish the run first")
 
 
 def in_half(info: ExportInfo, data: str, folder: Path) -> ExportInfo:
@@ -101,7 +92,6 @@ def in_half(info: ExportInfo, data: str, folder: Path) -> ExportInfo:
     result = evaluate(model.to(device), eval_loader(source, spec, 256), device=device)
     record = evaluation_record(model, result, source, spec)
     settings = record["evaluation"] | {"held_out": 0, "precision": "no", "stored_as": "float16"}
-    optional = {name: info.folder / name for name in (ENVIRONMENT, CURVES) if name in info.sha256}
     return export(
         model.cpu(),
         folder,
@@ -111,8 +101,8 @@ def in_half(info: ExportInfo, data: str, folder: Path) -> ExportInfo:
         metrics={**info.metrics, **record, "evaluation": settings},
         label_names=info.config["label_names"],
         data_config=asdict(spec),
-        environment=json.loads(optional[ENVIRONMENT].read_text()) if ENVIRONMENT in optional else None,
-        curves=optional.get(CURVES),
+        environment=info.environment or None,
+        curves=info.folder / CURVES if CURVES in info.sha256 else None,
         half=True,
         temperature=info.temperature,
     )
@@ -129,8 +119,7 @@ def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None 
     Raises:
         ValueError: a figure is missing or cannot be.
     """
-    environment = json.loads((info.folder / ENVIRONMENT).read_text()) if ENVIRONMENT in info.sha256 else {}
-    hours = hours or environment.get("hours")
+    hours = hours or info.environment.get("hours")
     if not hours:
         raise ValueError(f"{info.folder}: {ENVIRONMENT} does not say how long the training took; pass --hours")
     evaluation, preprocessing = info.metrics["evaluation"], info.config["pretrained_cfg"]
@@ -142,13 +131,7 @@ def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None 
         file=file,
         size=info.weights.stat().st_size,
         sha256=info.sha256[WEIGHTS],
-        input=Input(
-            size=tuple(preprocessing["input_size"]),
-            mean=tuple(preprocessing["mean"]),
-            std=tuple(preprocessing["std"]),
-            interpolation=preprocessing["interpolation"],
-            crop_pct=preprocessing["crop_pct"],
-        ),
+        input=ImageSpec(**{each.name: preprocessing[each.name] for each in fields(ImageSpec)}),
         label_set=_label_set(label_names, hub_id or info.tag),
         label_names=label_names,
         license=preprocessing["license"],
@@ -156,18 +139,18 @@ def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None 
         metrics=Metrics(
             dataset=hub_id or evaluation["data"],
             split=evaluation["split"],
-            **{name: info.metrics[name] for name in FIGURES},
+            result=replace(EvalResult.from_json(info.metrics), seconds=None),
             evaluation={
-                **{name: info.metrics[name] for name in ("weights",) if name in info.metrics},
+                **{name: info.metrics[name] for name in ("weights", "weights_epoch") if name in info.metrics},
                 **{name: value for name, value in evaluation.items() if name not in TOLD_ELSEWHERE},
             },
         ),
         temperature=info.temperature,
         training=Training(
-            epochs=info.metrics.get("epoch", info.recipe["optim"]["epochs"]),
+            epochs=info.metrics.get("trained_epochs", info.recipe["optim"]["epochs"]),
             hours=hours,
             seed=info.recipe["run"]["seed"],
-            hardware=environment.get("hardware", ""),
+            hardware=info.environment.get("hardware", ""),
         ),
     )
 
