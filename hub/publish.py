@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import timm
 import torch
@@ -30,7 +32,7 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from release import MANIFEST, release_of
 from safetensors.torch import load_file
@@ -58,8 +60,13 @@ from tffd_zoo.models.weights import reason_of
 
 HUB_FILES = {".gitattributes"}
 """What the Hub itself puts into a repository."""
+PATIENCE = 5
+"""How often a request is repeated that came too early for the Hub."""
 NO_COMMIT = "0" * 40
 """Stands for the commit before it is made."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -197,10 +204,10 @@ def send(info: ExportInfo, config: PublishConfig) -> str:
     mend = "check the connection, the token and its rights, and run the same command again"
     with _step("prepare the repository", f"nothing was sent; {mend}"):
         try:
-            head = api.model_info(config.repo)
+            head = _patient(lambda: api.model_info(config.repo))
         except RepositoryNotFoundError:
-            api.create_repo(config.repo, private=config.private, exist_ok=True)
-            head = api.model_info(config.repo)
+            _patient(lambda: api.create_repo(config.repo, private=config.private, exist_ok=True))
+            head = _patient(lambda: api.model_info(config.repo))
         tagged = _tagged(api, config)
         if tagged is not None and _holds(api, config.repo, tagged, info):
             return tagged
@@ -225,8 +232,9 @@ def send(info: ExportInfo, config: PublishConfig) -> str:
         *(CommitOperationDelete(name) for name in sorted(held - files.keys())),
     ]
     with _step("commit", f"main of {config.repo} has all of this or nothing of it; run the same command again"):
-        commit = api.create_commit(
-            config.repo, operations, commit_message=f"{info.name}, {config.tag}", parent_commit=head.sha
+        message = f"{info.name}, {config.tag}"
+        commit = _patient(
+            lambda: api.create_commit(config.repo, operations, commit_message=message, parent_commit=head.sha)
         )
     return commit.oid
 
@@ -257,7 +265,7 @@ def tag(config: PublishConfig, commit: str) -> None:
     state = f"commit {commit} is on main of {config.repo}, complete but not tagged; run the same command again"
     with _step("tag", state):
         if _tagged(api, config) != commit:
-            api.create_tag(config.repo, tag=config.tag, revision=commit)
+            _patient(lambda: api.create_tag(config.repo, tag=config.tag, revision=commit))
 
 
 def _twin(info: ExportInfo, folder: Path | None) -> Twin | None:
@@ -296,13 +304,13 @@ def _api() -> HfApi:
 
 def _tagged(api: HfApi, config: PublishConfig) -> str | None:
     """The commit that the tag names."""
-    tags = api.list_repo_refs(config.repo).tags
+    tags = _patient(lambda: api.list_repo_refs(config.repo)).tags
     return next((found.target_commit for found in tags if found.name == config.tag), None)
 
 
 def _holds(api: HfApi, repo: str, revision: str, info: ExportInfo) -> bool:
     """Whether a revision has the files of the export and no others."""
-    found = api.verify_repo_checksums(repo, revision=revision, local_dir=info.folder)
+    found = _patient(lambda: api.verify_repo_checksums(repo, revision=revision, local_dir=info.folder))
     return not found.mismatches and not found.extra_paths and set(found.missing_paths) <= HUB_FILES
 
 
@@ -313,6 +321,24 @@ def _name_of_release(repo: str, revision: str | None) -> str:
         config = read_json(file, f"name a --repo whose {CONFIG} can be read")
     ours = config.get("tffd_zoo")
     return f"{ours['architecture']}.{ours['tag']}" if ours else "a model of another kind"
+
+
+def _patient(request: Callable[[], T]) -> T:
+    """Return what `request` does; where the Hub says that there were too many (429), wait as long as it says first.
+
+    Its client waits so for files, and not for the calls of its API.
+    """
+    for attempt in range(PATIENCE):
+        try:
+            return request()
+        except HfHubHTTPError as error:
+            if error.response.status_code != 429:
+                raise
+            asked = error.response.headers.get("Retry-After", "")
+            seconds = int(asked) if asked.isdecimal() else 10 * 2**attempt
+            print(f"the Hub asks for {seconds} s of patience (429)", file=sys.stderr)
+            time.sleep(seconds)
+    return request()
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def in_half(info: ExportInfo, data: str, folder: Path) -> ExportInfo:
         ValueError, OSError: the images cannot be used, or are others than the export's.
     """
     evaluation = info.metrics["evaluation"]
-    columns = {name: evaluation.get(name) for name in ("image_column", "label_column")}
+    columns = {name: info.recipe["data"][name] for name in ("image_column", "label_column")}
     if evaluation.get("held_out"):
         raise ValueError(f"{info.name} was measured on held-out images of its training; only a split can be read again")
     source = open_source(data, evaluation["split"], **columns)

@@ -127,7 +127,8 @@ class Fault:
     """Something that goes wrong with the next `count` requests whose "METHOD /path" matches a pattern.
 
     drop: the connection closes before the request is acted upon. lose_answer: it is acted upon, then the connection
-    closes. delay: the answer comes `seconds` late. status: the answer is that status. truncate: only half of the body
+    closes. delay: the answer comes `seconds` late. status: the answer is that status, with a
+    Retry-After of so many seconds if any. truncate: only half of the body
     passes, and the connection closes. corrupt: the byte in the middle of the body is another one. The body of a PUT is
     what the client sends, otherwise it is the answer.
     """
@@ -136,6 +137,7 @@ class Fault:
     pattern: str
     count: int = 1
     status: int = 503
+    retry_after: int | None = None
     seconds: float = 3.0
 
     def damage(self, body: bytes) -> bytes:
@@ -575,7 +577,8 @@ class _Connection(BaseHTTPRequestHandler):
         if fault and fault.kind == "drop":
             response = Response(0)
         elif fault and fault.kind == "status":
-            response = HubError(fault.status, "a fault of the loopback Hub").response
+            wait = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+            response = HubError(fault.status, "a fault of the loopback Hub", headers=wait).response
         elif path.startswith("/cdn/") != (request.origin == "cdn"):
             response = HubError(404, f"{request.origin} does not serve {path}").response
         else:

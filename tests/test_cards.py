@@ -25,7 +25,7 @@ from tffd_zoo.cards import (
 from tffd_zoo.data import ImageSpec
 from tffd_zoo.evaluation import EvalResult
 from tffd_zoo.models import Metrics, Release, Training, WheelFile
-from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, vary
+from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, vary
 from tffd_zoo.tasks import CANONICAL, KDConfig, TeacherConfig, method_tag
 
 MODEL_CARD = Path(__file__).parents[1] / "MODEL_CARD.md"
@@ -35,6 +35,7 @@ TFFD = Recipe(
     data=DataConfig(source="cifar100"),
     optim=OptimConfig(epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4),
     tffd=CANONICAL,
+    run=RunConfig(precision="no"),
 )
 PLAIN = vary(TFFD, "plain", tffd=None)
 EVALUATION = {"split": "test", "revision": "abc123", "held_out": 0}

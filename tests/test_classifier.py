@@ -13,12 +13,13 @@ from PIL import Image
 from small_export import small_export
 
 import tffd_zoo
+from hub.release import release_of
 from tffd_zoo.classifier import Guess
 from tffd_zoo.data import open_source
-from tffd_zoo.export import export, verify_export
+from tffd_zoo.export import export
+from tffd_zoo.export_record import verify_export
 from tffd_zoo.models.manifest import Release, WheelFile
 from tffd_zoo.predict import PredictConfig, chart, main
-from tffd_zoo.release import release_of
 
 
 @pytest.fixture(scope="module")

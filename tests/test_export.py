@@ -252,6 +252,7 @@ def test_a_recipe_has_one_hash_wherever_and_whereto_the_command_ran(
     ("changes", "complaint"),
     [
         ({"label_names": ["ant", "bee"]}, "2 label names for a model of 3 classes"),
+        ({"tag": "C100-v2/.."}, "cannot be released: small letters"),
         ({"metrics": {"top1": 50.0}}, "metrics lack correct1, correct5"),
         ({"metrics": METRICS | {"nll": float("nan")}}, "not JSON compliant"),
     ],
@@ -357,9 +358,9 @@ def put_a_pickle_under_its_name(folder: Path) -> None:
     write_sums(folder)
 
 
-def edit(folder: Path, name: str, **changes: Any) -> None:
+def edit(folder: Path, file: str, **changes: Any) -> None:
     """Change a JSON file by hand, and the sums with it."""
-    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes, indent=2) + "\n")
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes, indent=2) + "\n")
     write_sums(folder)
 
 

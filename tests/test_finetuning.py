@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small_export import small_export
 from timm.optim import create_optimizer_v2
 
-from tffd_zoo.export import verify_export
+from tffd_zoo.export_record import verify_export
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, vary
 from tffd_zoo.tasks import CANONICAL, DistillationTask, TfFDTask
 from tffd_zoo.training import train

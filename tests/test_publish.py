@@ -150,10 +150,12 @@ def test_a_release_is_one_commit_of_all_files_tagged(
 def test_one_command_releases_what_loads_by_registered_name_hub_name_tag_and_commit(
     hub: LoopbackHub, run: Path, repo: str, tmp_path: Path
 ) -> None:
-    """In a copy of the package, whose manifest the command changes: online, from the cache, and with bad bytes."""
-    shutil.copytree(REPOSITORY_ROOT / "tffd_zoo", tmp_path / "package" / "tffd_zoo")
+    """In a copy of the clone, whose manifest the command changes: online, from the cache, and with bad bytes."""
+    for part in ("tffd_zoo", "hub"):
+        shutil.copytree(REPOSITORY_ROOT / part, tmp_path / "package" / part)
     environment = {"PYTHONPATH": str(tmp_path / "package"), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, str(PUBLISH), str(run), "--repo", repo, "--add-to-manifest"]
+    script = tmp_path / "package" / "hub" / "publish.py"
+    command = [sys.executable, str(script), str(run), "--repo", repo, "--add-to-manifest"]
     done = hub.run(command, tmp_path / "a", token=hub.token, **environment)
     assert done.returncode == 0, done.stderr
     places = [f"{repo}{at}" for at in ("", "@v1", f"@{hub.repo(repo).head.sha}")]
@@ -307,6 +309,17 @@ def test_a_failure_leaves_all_or_nothing_and_the_same_command_goes_on(
     assert hub.repo(repo).tags == {"v1": hub.repo(repo).head.sha}
 
 
+def test_a_hub_that_has_too_many_requests_is_waited_for_as_long_as_it_says(
+    hub: LoopbackHub, publish: Publish, run: Path, repo: str
+) -> None:
+    for where in (f"GET /api/models/{repo}", "POST .*/commit/", "POST .*/tag/"):
+        hub.fail("status", where, status=429, retry_after=1)
+    done = publish(run, "--repo", repo)
+    assert done.code == 0, done
+    assert done.err.count("the Hub asks for 1 s of patience (429)") == 3
+    assert hub.repo(repo).tags == {"v1": hub.repo(repo).head.sha}
+
+
 @pytest.mark.parametrize("fault", ["drop", "delay", "truncate"])
 def test_a_passing_fault_of_the_download_is_got_over(
     fault: Any, hub: LoopbackHub, publish: Publish, run: Path, repo: str
@@ -353,7 +366,7 @@ def test_what_must_not_be_published_is_refused_before_anything_is_sent(
         with safe_open(folder / "model.safetensors", "pt") as file:
             metadata = file.metadata()
         tensors = load_file(folder / "model.safetensors")
-        next(iter(tensors.values())).view(-1)[0] = float("nan")
+        next(tensor for tensor in tensors.values() if tensor.is_floating_point()).view(-1)[0] = float("nan")
         save_file(tensors, folder / "model.safetensors", metadata)
 
     def miscount(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A recipe's names are checked when a run starts: they become a folder, and a tag."""
+"""A recipe's name is checked when a run starts: it becomes a folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,3 @@ from tffd_zoo.recipe import vary
 def test_a_name_that_is_no_folders_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="cannot name the run's folder"):
         vary(TFFD, name)
-
-
-@pytest.mark.parametrize("tag", ["C100-v2/..", "", "c100-v2", "C100"])
-def test_a_tag_that_could_not_be_released_is_refused(tag: str) -> None:
-    with pytest.raises(ValueError, match="cannot be released"):
-        vary(TFFD, "tffd", tag=tag)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ def export(
     folder = Path(folder)
     model = unwrap_model(model)
     _check_replaceable(folder)
+    if not re.fullmatch(r"[a-z0-9_]+", tag):
+        raise ValueError(f"tag {tag!r} cannot be released: small letters, digits and '_', such as ce_c100")
     if len(label_names) != model.num_classes:
         raise ValueError(
             f"{len(label_names)} label names for a model of {model.num_classes} classes; give one for each"

@@ -198,8 +198,6 @@ class Recipe:
             raise ValueError(
                 f"--name {self.name!r} cannot name the run's folder: letters, digits, '.', '_' and '-', such as tffd-2"
             )
-        if not re.fullmatch(r"[a-z0-9_]+", self.tag):
-            raise ValueError(f"--tag {self.tag!r} cannot be released: small letters, digits and '_', such as ce_c100")
 
     @property
     def folder(self) -> Path:
