@@ -515,6 +515,35 @@ ZOO = Study(
     ),
 )
 
+# --- fine-tuning ------------------------------------------------------------------------------------------------------
+
+# The zoo's plain student, which knows CIFAR-100's classes, learns others.
+
+
+def finetuning(name: str, what: str, **changes: Any) -> Study:
+    """Fine-tuning with Tf-FD beside its plain twin."""
+    return Study(
+        name,
+        f"does Tf-FD help a trained ResNet-20 to learn {what}?",
+        vary(train_cifar100.FINETUNE, name, tffd=None, run={"precision": "no", "compile": False}, **changes),
+        (
+            Row(f"{name}-plain", "cross-entropy alone"),
+            Row(name, "Tf-FD, gradient shares of 5 %", share(), f"{name}-plain"),
+        ),
+        seeds=(0, 1, 2),
+    )
+
+
+FINETUNE_COARSE = finetuning(
+    "finetune-coarse", "CIFAR-100's twenty coarse classes", optim={"epochs": 2, "lr_warmup_epochs": 0.25}
+)
+FINETUNE_DIGITS = finetuning(
+    "finetune-digits",
+    "scikit-learn's digits",
+    data={"source": "digits", "label_column": None, "image_size": 16, "augment": "none"},
+    optim={"epochs": 8},
+)
+
 # --- without any download ---------------------------------------------------------------------------------------------
 
 DIGITS = Study(
@@ -543,6 +572,8 @@ STUDIES = {
         TFFD20,
         TFFD18,
         ZOO,
+        FINETUNE_COARSE,
+        FINETUNE_DIGITS,
         DIGITS,
     )
 }
