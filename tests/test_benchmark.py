@@ -113,3 +113,10 @@ def test_imagenet_on_paper_follows_from_the_ratios(tmp_path: Path) -> None:
 def test_imagenet_on_paper_needs_the_benchmark_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"benchmark.json is missing: run recipes.studies.benchmark first"):
         imagenet_cost.main(imagenet_cost.CostConfig(output=tmp_path))
+
+
+def test_the_committed_pages_are_what_the_committed_figures_make_to_the_byte() -> None:
+    place = benchmark.RESULTS
+    assert benchmark.page(json.loads((place / "benchmark.json").read_text())) == (place / "README.md").read_text()
+    assert imagenet_cost.page(imagenet_cost.CostConfig()) == (place / "imagenet.md").read_text()
+    assert (place / "methods.png").exists()

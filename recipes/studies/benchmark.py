@@ -254,31 +254,30 @@ def arithmetic(bench: Bench) -> Iterator[Row]:
     yield summary("arithmetic", "KD, ResNet-110 teacher / plain or Tf-FD", [(3 * student + teacher) / (3 * student)])
 
 
+NEVER_AGAIN = 10**9
+"""Every so many batches: the first alone, which is warm-up."""
+
+
+def spread(dear: Sequence[float], usual: Sequence[float], every: int) -> list[float]:
+    """Time of a step on average when one of `every` is dear; of both in the same rounds."""
+    return [(d + (every - 1) * u) / every for d, u in zip(dear, usual, strict=True)]
+
+
 def salience(bench: Bench) -> Iterator[Row]:
     """What the dearer saliences add, spread over the steps between two rankings."""
     cases: tuple[tuple[str, int, int | None], ...] = (("entropy", 1, None), ("hrank", 50, 8))
     for name, every, images in cases:
-        changes: dict[str, Any] = {"salience": name, "rank_every": every, "salience_images": images}
-        ranked = TrainingStep(vary(TFFD, name, tffd=changes), bench, compiled=True)
-        plain = TrainingStep(PLAIN, bench, compiled=True)
-
-        def ranking(step: TrainingStep = ranked) -> None:
-            step.task._batches = 0
-            step()
-
-        def between(step: TrainingStep = ranked) -> None:
-            step.task._batches = 1
-            step()
-
-        timed: dict[str, Step] = {"plain": plain, "ranking": ranking}
-        if every > 1:
-            timed["between"] = between
+        recipes = {"plain": PLAIN} | {
+            step: vary(TFFD, name, tffd={"salience": name, "salience_images": images, "rank_every": rank_every})
+            for step, rank_every in (("ranking", 1), ("between", NEVER_AGAIN))
+            if step == "ranking" or every > 1
+        }
+        timed = {step: TrainingStep(recipe, bench, compiled=True) for step, recipe in recipes.items()}
         times = interleave(timed, bench.rounds(12), warmup=3)
-        rest = times.get("between", times["ranking"])
-        spread = [(first + (every - 1) * later) / every for first, later in zip(times["ranking"], rest, strict=True)]
+        on_average = spread(times["ranking"], times.get("between", times["ranking"]), every)
         how = f"every {every} steps" if every > 1 else "every step"
         what = f"{name}, {how}{f', {images} images' if images else ''} / plain"
-        yield compare("salience", what, spread, times["plain"], bound="<=", target=1.05)
+        yield compare("salience", what, on_average, times["plain"], bound="<=", target=1.05)
 
 
 # --- feeding and looping ----------------------------------------------------------------------------------------------
@@ -422,7 +421,6 @@ def importing(bench: Bench) -> Iterator[Row]:
 
 def growth(bench: Bench) -> Iterator[Row]:
     """How the price of Tf-FD grows, in eager mode: the cases differ from the first in one thing each."""
-    pairs = {"tffd": TFFD, "plain": PLAIN}
     cases: dict[str, dict[str, Any]] = {
         "ResNet-20, batch 128, 32 px, 3 stages": {},
         "batch 32": {"optim": {"batch_size": 32}},
@@ -431,33 +429,20 @@ def growth(bench: Bench) -> Iterator[Row]:
         "4 times the channels (ResNet-20's blocks as in ResNet-32x4), batch 32": {
             "model": "tffd_resnet32x4", "optim": {"batch_size": 32},
         },
-        "the last 2 stages": {"tffd": {"stages": (1, 2)}},
-        "1 stage, intra-layer alone": {"tffd": {"stages": (2,), "lambda_inter": 0.0}},
-        "shares measured every 100 batches": {"run": {"measure_every": 100}},
+        "the first 2 stages": {"tffd": {"stages": (1, 2)}},
+        "the middle stage, intra-layer alone": {"tffd": {"stages": (2,), "lambda_inter": 0.0}},
     }  # fmt: skip
     for what, changes in cases.items():
-        every = changes.get("run", {}).get("measure_every", 0)
-        plain_changes = {section: values for section, values in changes.items() if section != "tffd"}
-        tffd = TrainingStep(vary(pairs["tffd"], "growth", **changes), bench)
-        plain = TrainingStep(vary(pairs["plain"], "growth", **plain_changes), bench)
-
-        def measured(step: TrainingStep = tffd) -> None:
-            step.task._batches = 0
-            step()
-
-        def usual(step: TrainingStep = tffd) -> None:
-            step.task._batches = 1
-            step()
-
-        timed: dict[str, Step] = {"tffd": usual, "plain": plain}
-        if every:
-            timed["measured"] = measured
+        without = {section: values for section, values in changes.items() if section != "tffd"}
+        recipes = {"tffd": vary(TFFD, "growth", **changes), "plain": vary(PLAIN, "growth", **without)}
+        timed = {name: TrainingStep(recipe, bench) for name, recipe in recipes.items()}
         times = interleave(timed, bench.rounds(6), warmup=1)
-        if every:
-            times["tffd"] = [
-                (m + (every - 1) * t) / every for m, t in zip(times["measured"], times["tffd"], strict=True)
-            ]
         yield compare("growth", what, times["tffd"], times["plain"])
+    every = 100
+    steps = {"plain": PLAIN, "usual": TFFD, "measured": vary(TFFD, "measured", run={"measure_every": 1})}
+    times = interleave({name: TrainingStep(recipe, bench) for name, recipe in steps.items()}, bench.rounds(6), warmup=1)
+    on_average = spread(times["measured"], times["usual"], every)
+    yield compare("growth", f"shares measured every {every} batches", on_average, times["plain"])
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
