@@ -16,11 +16,13 @@ from PIL import Image
 from torch import nn
 
 from tffd_zoo.data import ImageSource, ImageSpec, open_source
+from tffd_zoo.loading import expand_names
 from tffd_zoo.suite import calibration, corrupted, duplicates, ood, run, shifts, transfer
 from tffd_zoo.suite.classes import class_indices
 from tffd_zoo.suite.corruptions import KINDS
 from tffd_zoo.suite.cost import activations, peak_memory
 from tffd_zoo.suite.measurement import Measurement, Part, percent
+from tffd_zoo.suite.page import page
 from tffd_zoo.suite.pairs import differences, mcnemar, mean_over_pairs
 from tffd_zoo.suite.setting import SuiteConfig, parse_named
 from tffd_zoo.suite.subject import Predictions, Subject
@@ -68,7 +70,9 @@ def test_classwise_error_is_the_mean_over_classes_of_torchmetrics_binary_one(rng
     probabilities, targets = random_probabilities(rng, 300, 4)
     theirs = [
         torchmetrics.binary_calibration_error(
-            torch.from_numpy(probabilities[:, label]), torch.from_numpy((targets == label).astype(int)), n_bins=15
+            torch.from_numpy(probabilities[:, label].copy()),
+            torch.from_numpy((targets == label).astype(int)),
+            n_bins=15,
         ).item()
         for label in range(4)
     ]
@@ -123,6 +127,14 @@ def test_models_measured_on_other_images_are_not_paired() -> None:
 def test_over_several_pairs_the_interval_is_students() -> None:
     mean, low, high = mean_over_pairs([1.0, 2.0, 3.0])
     assert (mean, low, high) == pytest.approx((2, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+
+
+def test_a_pattern_stands_for_the_weights_that_match_it() -> None:
+    assert expand_names(["tffd_resnet20.*", "resnet18"]) == ["tffd_resnet20.c100", "tffd_resnet20.ce_c100", "resnet18"]
+    with pytest.raises(ValueError, match="no weights match"):
+        expand_names(["nothing_*"])
+    with pytest.raises(ValueError, match="name at least one model"):
+        expand_names([])
 
 
 def test_models_pair_with_their_plain_twins_or_as_told() -> None:
@@ -480,6 +492,24 @@ def test_parts_become_tables_and_differences(suite: Callable[..., Path], capsys:
     assert float(pairs["top1"]["difference"]) == 0
     assert float(pairs["nll"]["high"]) < 0  # good is surer, and right
     assert "| good" in capsys.readouterr().out
+
+
+def test_a_page_is_made_of_the_tables_alone(suite: Callable[..., Path]) -> None:
+    out = suite("clean,calibration", against=("plain",))
+    written = (out / "README.md").read_text()
+    assert page(out) == written
+    assert "## Accuracy" in written
+    assert "## Differences" in written
+    (out / "pairs.csv").unlink()
+    assert "## Differences" not in page(out)
+
+
+ZOO = Path(__file__).parents[1] / "recipes" / "results" / "zoo"
+
+
+@pytest.mark.skipif(not (ZOO / "README.md").exists(), reason="no results of the zoo")
+def test_the_committed_page_of_the_zoo_is_that_of_its_tables() -> None:
+    assert page(ZOO) == (ZOO / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_was_measured_is_not_measured_again(suite: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

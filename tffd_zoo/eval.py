@@ -28,7 +28,7 @@ from .atomic import replacing_file
 from .cli import run_cli
 from .data import ImageSource, ImageSpec, Loader, eval_loader, open_source
 from .evaluation import FIGURES, evaluate, evaluation_record
-from .loading import check_labels, check_model_name, load_model
+from .loading import check_labels, check_model_name, expand_names, load_model
 from .markdown import markdown_table
 from .suite import Subject, SuiteConfig, run_suite
 from .threads import use_threads
@@ -44,7 +44,8 @@ class EvalConfig:
     """
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Registered names with or without tag (tffd_resnet20.c100), hf-hub:org/name[@revision] or local-dir:FOLDER."""
+    """Registered names with or without tag (tffd_resnet20.c100), patterns of them ('tffd_*.*c100'),
+    hf-hub:org/name[@revision] or local-dir:FOLDER."""
     data: str
     """A Hub data set id, a folder of parquet files, an image folder, or 'digits' (ships with scikit-learn)."""
     split: str = "test"
@@ -83,9 +84,8 @@ def main(config: EvalConfig) -> None:
         ValueError, OSError: a model or the data cannot be used; the models evaluated before it are reported all the
             same.
     """
-    if not config.models:
-        raise ValueError("name at least one model, for example tffd_resnet20")
-    for name in config.models:
+    models = expand_names(config.models)
+    for name in models:
         check_model_name(name)
     keep_freed_memory()
     state, device = _processes_and_device(config.device)
@@ -100,13 +100,13 @@ def main(config: EvalConfig) -> None:
             skip_unreadable=config.skip_unreadable,
         )
     if config.more.suite is not None:
-        _run_suite(config, source, state, device)
+        _run_suite(config, models, source, state, device)
         return
 
     loaders: dict[ImageSpec, Loader] = {}
     records: list[dict[str, Any]] = []
     try:
-        for name in config.models:
+        for name in models:
             model, spec = _load(name, source, state, device)
             if spec not in loaders:
                 loaders[spec] = eval_loader(
@@ -149,7 +149,9 @@ def _load(name: str, source: ImageSource, state: PartialState, device: torch.dev
     return model, ImageSpec(**resolve_input_data_config(model, use_test_size=True))
 
 
-def _run_suite(config: EvalConfig, source: ImageSource, state: PartialState, device: torch.device) -> None:
+def _run_suite(
+    config: EvalConfig, models: Sequence[str], source: ImageSource, state: PartialState, device: torch.device
+) -> None:
     def open_labels(split: str, label_column: str | None) -> ImageSource:
         with state.main_process_first():
             return open_source(
@@ -175,7 +177,7 @@ def _run_suite(config: EvalConfig, source: ImageSource, state: PartialState, dev
             state.num_processes,
         )
 
-    run_suite(config.more, config.models, source, open_labels, make_subject)
+    run_suite(config.more, models, source, open_labels, make_subject)
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

@@ -25,6 +25,24 @@ from .models.weights import reason_of
 _logger = logging.getLogger(__name__)
 
 
+def expand_names(names: Sequence[str]) -> list[str]:
+    """Put the registered names with weights that match in the place of every pattern, such as 'tffd_*.*c100'.
+
+    Raises:
+        ValueError: there is no name, or nothing matches one.
+    """
+    if not names:
+        raise ValueError("name at least one model, for example tffd_resnet20")
+    found: list[str] = []
+    for name in names:
+        is_pattern = "*" in name and parse_model_name(name)[0] is None
+        matching = timm.list_pretrained(name) if is_pattern else [name]
+        if not matching:
+            raise ValueError(f"no weights match {name!r}; timm.list_pretrained() has them all")
+        found += matching
+    return list(dict.fromkeys(found))
+
+
 def check_architecture(name: str) -> None:
     """Refuse a name that no architecture has.
 

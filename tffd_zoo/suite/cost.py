@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..data import ImageSpec
 from ..evaluation import eval_mode, model_cost
 from .measurement import Figures, Measurement, Part, Sample
 from .setting import Setting
@@ -117,23 +117,21 @@ def _compiled(model: nn.Module, image: Tensor) -> Callable[[Tensor], Any]:
 
 
 def _onnx(model: nn.Module, image: Tensor) -> Callable[[Tensor], Any]:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 (torch exports with it)
-    except ImportError as error:
-        raise ValueError(f"not measured, for {error.name} is missing: pip install onnxruntime onnxscript") from error
     if image.device.type != "cpu":
         raise ValueError("measured on the CPU alone")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        batch = torch.export.Dim("batch", min=1)
-        example = image.contiguous().repeat(2, 1, 1, 1)
-        torch.onnx.export(model, (example,), path, dynamic_shapes=({0: batch},), dynamo=True, verbose=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images.contiguous().numpy()})
+    try:
+        import onnxruntime
+
+        from ..deployment import PIXELS, export_network, to_onnx
+    except ImportError as error:
+        raise ValueError(f"needs {error.name}, which is not installed; pip install 'tffd_zoo[deploy]'") from error
+    network = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    size = (image.shape[1], image.shape[2], image.shape[3])
+    proto = to_onnx(export_network(network, ImageSpec(size)), PIXELS, "logits")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {PIXELS: images.contiguous().numpy()})
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ..models.manifest import releases
 from ..pictures import house_style, save_png
 from . import calibration, clean, corrupted, cost, duplicates, ood, shifts, transfer
 from .measurement import Figures, Measurement, Part
+from .page import PAIRS, write_page
 from .pairs import Difference, differences, mean_over_pairs
 from .setting import STANDARD, Setting, SuiteConfig, test_subset
 from .subject import Subject
@@ -53,7 +54,6 @@ OPTIONAL = ("shifts",)
 FORMAT = 1
 """Raised when what a part measures changes: everything is then measured again."""
 PLAIN_TAG = "ce_"
-PAIRS = "pairs"
 NEEDS = {"scipy": "scipy", "cv2": "opencv-python-headless", "sklearn": "scikit-learn", "pytorch_ood": "pytorch-ood"}
 
 
@@ -221,9 +221,10 @@ def report(config: SuiteConfig, parts: Sequence[Part], results: Results, pairs: 
                 compared += [(part, model, twin, difference) for difference in found]
     if compared:
         table = [_pair_row(*one) for one in compared] + (_over_pairs(compared) if len(config.against) > 1 else [])
-        write_csv(config.out / f"{PAIRS}.csv", table)
+        write_csv(config.out / PAIRS, table)
         headline = [row for row in table if _is_headline(row)]
         print(f"\ndifferences, with 95 % intervals over the images\n\n{_table(headline)}")
+    write_page(config.out)
     print(f"\nin {config.out}")
     for problem in results.problems:
         print(f"missing: {problem}", file=sys.stderr)

@@ -44,8 +44,9 @@ class SuiteConfig:
     """ciFAIR's list of duplicates (TestID, TrainID, Distance, Judgment); sought when not given."""
     ood: tuple[str, ...] = ("noise", "digits")
     """Images of no known class: noise, digits, or NAME=DATA[:SPLIT]."""
-    transfer: tuple[str, ...] = ("digits", "coarse")
-    """Label sets for the frozen features: digits, coarse (CIFAR-100's 20 superclasses), or NAME=DATA[:TRAIN:TEST]."""
+    transfer: tuple[str, ...] | None = None
+    """Label sets for the frozen features: digits, coarse (CIFAR-100's 20 superclasses), or NAME=DATA[:TRAIN:TEST];
+    digits, and on CIFAR-100 coarse, when not given."""
     shifts: tuple[str, ...] = ()
     """Other test sets of the same classes, found by their names: NAME=DATA[:SPLIT], or real=FILE.json for ReaL."""
     suite_seed: int = 0

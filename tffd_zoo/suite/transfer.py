@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..data import ImageSource
+from ..known_data import DATASETS, find_dataset
 from .measurement import Figures, Measurement, Part, Sample, percent
 from .setting import Setting, open_named, test_subset
 from .subject import Predictions, Subject
@@ -28,7 +29,7 @@ def measure(subject: Subject, setting: Setting) -> Measurement:
     samples: dict[str, Sample] = {}
     facts: dict[str, Any] = {}
     problems = []
-    for text in setting.config.transfer:
+    for text in _wanted(setting):
         try:
             name, (train, test) = _open(text, setting)
         except (ValueError, OSError) as error:
@@ -40,6 +41,13 @@ def measure(subject: Subject, setting: Setting) -> Measurement:
     if not samples:
         raise ValueError("; ".join(problems) or "no label set is named with --transfer")
     return Measurement(samples, facts, tuple(problems))
+
+
+def _wanted(setting: Setting) -> tuple[str, ...]:
+    if setting.config.transfer is not None:
+        return setting.config.transfer
+    cifar100 = find_dataset(setting.source.name, setting.source.num_classes) == DATASETS["c100"]
+    return ("digits", "coarse") if cifar100 else ("digits",)
 
 
 def _open(text: str, setting: Setting) -> tuple[str, list[ImageSource]]:

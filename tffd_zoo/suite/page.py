@@ -1,0 +1,156 @@
+"""The suite's tables on one page, with what they do not say: made from the CSV files beside it alone."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..atomic import replacing_file
+from ..markdown import markdown_table
+
+PAGE = "README.md"
+PAIRS = "pairs.csv"
+Row = Mapping[str, str]
+
+
+class Section(NamedTuple):
+    """How the page shows a part."""
+
+    part: str
+    title: str
+    columns: tuple[str, ...]
+    """Columns of the part's table that are shown, where it has them; the rest is in the CSV file."""
+    text: str
+    """What the figures are, and what they do not say."""
+
+
+SECTIONS = (
+    Section(
+        "clean",
+        "Accuracy",
+        ("top1", "top5", "nll", "images"),
+        "Percent of the images, and nats. Everything else is held against these.",
+    ),
+    Section(
+        "calibration",
+        "Calibration",
+        (
+            "temperature",
+            "ece",
+            "ece_scaled",
+            "adaptive_ece",
+            "classwise_ece",
+            "brier",
+            "nll",
+            "nll_scaled",
+            "fitted_on",
+        ),
+        "ECE in 15 equal-width bins, adaptive ECE in bins of as many images, class-wise ECE over every class's own "
+        "probability: percent. `_scaled` is after division of the logits by the temperature, which was never fitted on "
+        "the images shown here. Where it was fitted on images *seen in training*, it is biased to sharpen, for "
+        "networks are surer of those: such a temperature says nothing about the method and is not released.",
+    ),
+    Section(
+        "corruptions",
+        "Corruptions",
+        ("mean", "extra_mean", "images", "corrupted_images"),
+        "Mean top-1 over the 15 kinds of CIFAR-C at 5 severities, and over the 4 extra ones; the CSV has all 95. "
+        "*Generated* images follow the published definitions with other random numbers and are not the published "
+        "arrays; with stand-ins for frost, the kind `frost`, one of the 15, is not comparable to any other source's.",
+    ),
+    Section(
+        "duplicates",
+        "Near-duplicates",
+        ("top1", "top1_without", "top1_on_duplicates", "duplicates", "method"),
+        "Top-1 with and without test images that have a near-duplicate in the training set. What is found by pixels is "
+        "a third of the tenth that ciFAIR counts by eye, and holds some pairs that merely look alike; easy pictures "
+        "have more of them, so the difference is not all memory.",
+    ),
+    Section(
+        "ood",
+        "Unknown images",
+        (),
+        "AUROC (50: chance) and FPR95, percent, for three scores: highest softmax probability, energy, distance to the "
+        "50th nearest training feature. Digits and noise are easy to tell by their look; the sample of ImageNet holds "
+        "classes that CIFAR-100 has too, so no score can reach 100 there.",
+    ),
+    Section(
+        "transfer",
+        "Transfer",
+        (),
+        "Frozen features on other labels: 20 nearest neighbours by cosine, a linear probe, and probes on 1, 5 and 10 "
+        "images a class (means of 5 draws). Settings are scikit-learn's defaults; nothing was tuned, so better probes "
+        "exist.",
+    ),
+    Section(
+        "shifts",
+        "Other test sets",
+        (),
+        "Top-1 on other images of the same classes, scored among the classes that each set has.",
+    ),
+    Section(
+        "cost",
+        "Cost",
+        (),
+        "Tf-FD leaves the network as it is, so twins cost the same: differences of their times are noise. Times are "
+        "medians on the machine named; a load above its cores means that it had other work, and that they are too "
+        "long.",
+    ),
+)
+
+PAIRS_TEXT = (
+    "Value minus that of the model it is held against, on the same images, with the 95 % interval of a paired "
+    "bootstrap over the images, and McNemar's exact p where the figure counts right images. An interval here speaks of "
+    "other test images *for these very weights*: another seed of training can move a figure by more. And of so many "
+    "intervals one in twenty lies beside zero by chance. `mce` is the error under corruptions in percent of the other "
+    "model's."
+)
+
+
+def write_page(folder: Path) -> None:
+    """Write the page of the CSV files in `folder`."""
+    with replacing_file(folder / PAGE) as aside:
+        aside.write_text(page(folder), encoding="utf-8")
+
+
+def page(folder: Path) -> str:
+    """The page as Markdown."""
+    blocks = ["# Evaluation suite", "Made by `python -m tffd_zoo.eval ... --suite`, from the CSV files beside it."]
+    for section in SECTIONS:
+        rows = _read(folder / f"{section.part}.csv")
+        if rows:
+            blocks += [f"## {section.title}", section.text, _table(rows, ("model", *section.columns))]
+        if (folder / f"{section.part}.png").exists():
+            blocks.append(f"![{section.title}]({section.part}.png)")
+    pairs = _read(folder / PAIRS)
+    if pairs:
+        shown = [row for row in pairs if "." not in row["figure"] and not _is_one_kind(row)]
+        blocks += ["## Differences", PAIRS_TEXT, _table(shown, tuple(shown[0]))]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _is_one_kind(row: Row) -> bool:
+    return row["part"] == "corruptions" and row["figure"] not in ("mean", "extra_mean", "mce")
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    wanted = [name for name in rows[0] if name in columns] if len(columns) > 1 else list(rows[0])
+    return markdown_table(wanted, [[_short(row[name]) for name in wanted] for row in rows])
+
+
+def _short(cell: str) -> str:
+    """A figure to four digits, anything else as it is."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return cell
+    return cell if value.is_integer() else f"{value:.4g}"
