@@ -191,6 +191,21 @@ def test_a_task_has_the_parameter_gradients_of_the_plain_loss_where_sizes_do_not
     assert error < 1e-4 * torch.cat([b.flatten() for b in plain]).norm()
 
 
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_features_gradient_comes_back_in_its_own_layout_and_type(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    feature = torch.randn(2, 3, 4, 5, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    weights = torch.randn(2, 3, 4, 5)
+    (copy,) = _lean.in_float32([feature])
+    assert copy.dtype == torch.float32
+    other = torch.channels_last if layout == torch.contiguous_format else torch.contiguous_format
+    (gradient,) = torch.autograd.grad((copy.contiguous(memory_format=other) * weights).sum(), feature)
+    assert (gradient.dtype, gradient.stride()) == (dtype, feature.stride())
+    assert torch.equal(gradient, weights.to(dtype))
+
+
 def test_the_compiled_losses_equal_the_eager_ones() -> None:
     torch.manual_seed(2)
     features = [torch.randn(2, 6, 8, 8), torch.randn(2, 9, 4, 4)]

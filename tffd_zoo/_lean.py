@@ -6,7 +6,7 @@ Each names the row of `recipes/results/benchmark` that pays for it. The plain fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,61 @@ from torch import Tensor
 
 from .feature_losses import FeatureLoss, Reduction, align
 from .losses import DeepChannels, check_pairs, deep_channels_of, distance, salient_count
+
+# --- the features -----------------------------------------------------------------------------------------------------
+
+FEW_CHANNELS = 64
+"""Up to so many, a matrix product selects channels faster than indexing does."""
+
+
+def in_float32(features: Sequence[Tensor]) -> list[Tensor]:
+    """The features in float32, copied once for all that reads them, with gradients in the features' own layout.
+
+    A gradient in another one makes all that follows slow: adding it, and the backward pass of the stage's ReLU. Paid
+    for by `precision`.
+    """
+    if torch.compiler.is_compiling():
+        return [feature.float() for feature in features]
+    copies: list[Tensor] = []
+    for feature in features:
+        copies.append(_InFloat32.apply(feature))
+        differentiate_with(copies[-1], feature)
+    return copies
+
+
+class _InFloat32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor) -> Tensor:
+        ctx.dtype = feature.dtype
+        ctx.layout = torch.channels_last if _lies_in_pixels(feature) else torch.contiguous_format
+        return feature.view_as(feature) if feature.dtype == torch.float32 else feature.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].to(ctx.dtype, memory_format=ctx.layout)
+
+
+def _lies_in_pixels(features: Tensor) -> bool:
+    """Whether the channels of a pixel lie side by side."""
+    return features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous()
+
+
+def _mixes_fast(features: Tensor) -> bool:
+    """Whether `_mix_channels` beats indexing: on a CPU, few channels side by side, products in full precision."""
+    return (
+        features.device.type == "cpu"
+        and features.shape[1] <= FEW_CHANNELS
+        and _lies_in_pixels(features)
+        and torch.get_float32_matmul_precision() == "highest"
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _mix_channels(features: Tensor, matrix: Tensor) -> Tensor:
+    """The channels of every pixel times `matrix`, (C, K); exact where a column of it has a 1, or a 1 and a -1."""
+    with torch.autocast(features.device.type, enabled=False):  # it would take the product in half precision
+        return (features.permute(0, 2, 3, 1) @ matrix.to(features.dtype)).permute(0, 3, 1, 2)
+
 
 # --- within a stage ---------------------------------------------------------------------------------------------------
 
@@ -32,7 +87,7 @@ def intra_layer_loss(
 
     For l2 every channel is compared with its teacher; the salient ones are their own and add nothing.
     """
-    compare = distance(loss, reduction)
+    compare = _distance(loss, reduction)
     total = features[0].new_zeros((), dtype=torch.float32)
     for feature, teacher in zip(features, teachers, strict=True):
         batch, channels, height, width = feature.shape
@@ -48,8 +103,8 @@ def intra_layer_loss(
         else:
             own = torch.arange(channels, device=teacher.device)
             students = (teacher == own).to(torch.uint8).argsort(stable=True)[:redundant]  # redundant channels first
-            salient = feature.index_select(1, teacher[students])
-            total = total + compare(feature.index_select(1, students), salient.detach() if detach_salient else salient)
+            salient = _take_channels(feature.detach() if detach_salient else feature, teacher[students])
+            total = total + compare(_take_channels(feature, students), salient)
     return total / len(features)
 
 
@@ -60,27 +115,43 @@ class _PairedSquaredError(torch.autograd.Function):
     leaves it alone; without the stop-gradient it also receives minus the sum of its students' gradients.
 
     Either way makes one tensor of the feature's size and no other: every activation of the network is there meanwhile.
-    Paid for by `steps` (eager) and `memory`.
+    Of few channels that tensor is a product of the feature with a small matrix D, which takes the teacher's channel and
+    subtracts the own: |F D|^2 has the gradient 2 F D D^T, and -2 F D with the stop-gradient. Paid for by `steps`
+    (eager), `precision` and `memory`.
     """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, teacher: Tensor, detach_salient: bool) -> Tensor:
         ctx.save_for_backward(features, teacher)
         ctx.detach_salient = detach_salient
+        if _mixes_fast(features):
+            return torch.linalg.vector_norm(_mix_channels(features, _differences(teacher))).square()
         return torch.linalg.vector_norm(_take_channels(features, teacher).sub_(features)).square()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         features, teacher = ctx.saved_tensors
+        if _mixes_fast(features):
+            matrix = _differences(teacher).to(grads[0].dtype)
+            matrix = -matrix if ctx.detach_salient else matrix @ matrix.mT
+            return _mix_channels(features, 2 * grads[0] * matrix), None, None
         grad = _take_channels(features, teacher).sub_(features).mul_(-2 * grads[0])
         if not ctx.detach_salient:
             grad = grad.index_add(1, teacher, -grad)
         return grad, None, None
 
 
+def _differences(teacher: Tensor) -> Tensor:
+    """The matrix D with F D = F[:, teacher] - F."""
+    channels = len(teacher)
+    return (F.one_hot(teacher, channels) - torch.eye(channels, dtype=torch.int64, device=teacher.device)).mT
+
+
 def _take_channels(features: Tensor, channels: Tensor) -> Tensor:
     """features[:, channels] in the layout of `features`, by what is fastest in it: `aten::gather` of `remains`."""
-    if features.is_contiguous() or not features.is_contiguous(memory_format=torch.channels_last):
+    if _mixes_fast(features):
+        return _mix_channels(features, F.one_hot(channels, features.shape[1]).mT)
+    if not _lies_in_pixels(features) or torch.is_grad_enabled():  # the gradient of gather takes longer than it saves
         return features.index_select(1, channels)
     # index_select would copy to NCHW first, and takes twice as long where the channels lie side by side.
     pixels = features.permute(0, 2, 3, 1)
@@ -101,8 +172,10 @@ def inter_layer_loss(
 ) -> Tensor:
     """`losses.inter_layer_loss`, where a shallow map that was pooled for one deep stage is pooled on for the next."""
     check_pairs(pairs)
-    compare = l2 if loss == "l2" else distance(loss, reduction)
+    compare = _distance(loss, reduction)
     features = [feature.float() for feature in features]
+    if loss in ("sp", "ickd") and deep_channels == "first" and not torch.compiler.is_compiling():
+        return _inter_layer_relations(features, pairs, loss)
     total = features[0].new_zeros(())
     ladders = {shallow: _PoolingLadder(features[shallow]) for shallow, _ in pairs}
     for shallow, deep in sorted(pairs):
@@ -164,6 +237,94 @@ class _MeanPool(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         height, width = ctx.window
         return F.interpolate(grads[0] / (height * width), scale_factor=(height, width), mode="nearest"), None
+
+
+# --- the distances ----------------------------------------------------------------------------------------------------
+
+
+def _distance(loss: FeatureLoss, reduction: Reduction) -> Callable[[Tensor, Tensor], Tensor]:
+    """`losses.distance` in fast forms, where there is one; of l2 always the mean."""
+    plain = distance(loss, reduction)
+    if loss == "l2":
+        return l2
+    if torch.compiler.is_compiling() or loss == "ab":
+        return plain
+    if loss == "at":
+        return lambda student, target: F.mse_loss(_attention(student), _attention(target))
+    return lambda student, target: _compare(_relations(student, loss), _relations(target, loss), loss)
+
+
+def _inter_layer_relations(features: Sequence[Tensor], pairs: Sequence[tuple[int, int]], loss: FeatureLoss) -> Tensor:
+    """The inter-layer loss of sp and ickd, which takes the products of a stage once for all pairs that it is in."""
+    channels = [feature.shape[1] for feature in features]
+    shared = [(i, j, min(channels[i], channels[j])) for i, j in sorted(pairs)]  # the channels that ickd compares
+    relations = {}
+    for stage, feature in enumerate(features):
+        most = channels[stage] if loss == "sp" else max((c for i, j, c in shared if stage in (i, j)), default=0)
+        if most:
+            relations[stage] = _relations(feature if most == channels[stage] else feature[:, :most], loss)
+            differentiate_with(relations[stage], feature)
+    total = features[0].new_zeros(())
+    for shallow, deep, count in shared:
+        student, target = relations[shallow], relations[deep].detach()
+        if loss == "ickd":
+            student, target = student[:, :count, :count], target[:, :count, :count]
+        total = total + _compare(student, target, loss)
+    return total / len(pairs)
+
+
+def _relations(feature: Tensor, loss: FeatureLoss) -> Tensor:
+    """Inner products of the samples, (N, N), for sp, and of the channels of each sample, (N, C, C), for ickd."""
+    if loss == "ickd":
+        rows = feature.flatten(2)
+    else:  # in whichever order the values lie
+        rows = (feature.permute(0, 2, 3, 1) if _lies_in_pixels(feature) else feature).flatten(1)
+    with torch.autocast(feature.device.type, enabled=False):
+        products: Tensor = _Products.apply(rows)
+    return products
+
+
+def _compare(student: Tensor, target: Tensor, loss: FeatureLoss) -> Tensor:
+    """`feature_losses.sp` and `feature_losses.ickd` of such products."""
+    student, target = F.normalize(student, dim=-1), F.normalize(target, dim=-1)
+    if loss == "sp":
+        return F.mse_loss(student, target)
+    return F.mse_loss(student, target, reduction="sum") / (student.shape[0] * student.shape[1])
+
+
+class _Products(torch.autograd.Function):
+    """X X^T, with the gradient (G + G^T) X in one product and in the layout of X. Paid for by `precision`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return rows @ rows.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        both = grads[0] + grads[0].mT
+        return (rows.mT @ both).mT if rows.stride(-2) < rows.stride(-1) else both @ rows
+
+
+def _attention(features: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H W)."""
+    mean: Tensor = _MeanSquare.apply(features)
+    return F.normalize(mean.flatten(1), dim=1)
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean over the channels of f^2, with a gradient in one pass. Paid for by `precision`."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        return features.square().mean(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (features,) = ctx.saved_tensors
+        return features * (grads[0] * (2 / features.shape[1])).unsqueeze(1)
 
 
 def l2(student: Tensor, target: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ class TfFD(Objective):
         self._rank_now = batch % self.config.rank_every == 0
 
     def forward(self, view: View) -> dict[str, Tensor]:
-        config, features = self.config, view.features
+        config, features = self.config, _lean.in_float32(view.features)
         saliences = self._saliences(features) if self._ranks else None
         if config.normalise:
             features = [F.normalize(feature.float().flatten(2), dim=2).view_as(feature) for feature in features]
