@@ -25,7 +25,7 @@ from tffd_zoo.evaluation import EvalResult, evaluate, evaluation_record
 from tffd_zoo.export import export
 from tffd_zoo.export_record import WEIGHTS, ExportInfo, find_export, verify_export
 from tffd_zoo.known_data import find_dataset
-from tffd_zoo.loading import check_labels, load_model
+from tffd_zoo.loading import load_model, number_classes
 from tffd_zoo.models import HubFile, Metrics, Release, Training, WheelFile, add_release, releases
 from tffd_zoo.run_record import CURVES, ENVIRONMENT
 
@@ -83,7 +83,7 @@ def in_half(info: ExportInfo, data: str, folder: Path) -> ExportInfo:
         raise ValueError(f"{info.name} was measured on held-out images of its training; only a split can be read again")
     source = open_source(data, evaluation["split"], **columns)
     model = load_model(f"local-dir:{info.folder}")
-    check_labels(info.name, model, source)
+    source = number_classes(info.name, model, source)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(tensor.half())

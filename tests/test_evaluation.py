@@ -246,6 +246,7 @@ def write_export(model: nn.Module, folder: Path, label_names: Sequence[str]) -> 
         model,
         folder,
         architecture="resnet10t",
+        tag="test",
         recipe={
             "name": "test",
             "data": {"source": "digits", "augment": "none", "train_split": "train", "eval_split": "test", "holdout": 0},
@@ -363,20 +364,40 @@ def test_data_with_another_number_of_classes_is_refused(student: Path, tmp_path:
         run(student, "digits", tmp_path, split="test")
 
 
-def test_classes_in_another_order_are_refused(photos: Path, student: Path, tmp_path: Path) -> None:
+def test_classes_in_another_order_are_matched_by_their_names(photos: Path, student: Path, tmp_path: Path) -> None:
     model = timm.create_model(f"local-dir:{student}", pretrained=True)
-    write_export(model, tmp_path / "turned", [f"class_{label}" for label in reversed(range(7))])
-    with pytest.raises(ValueError, match=r"class 0 is 'class_6' to .* and 'class_0' in"):
-        run(tmp_path / "turned", photos, tmp_path)
+    order = [3, 0, 6, 5, 1, 2, 4]
+    head = model.get_classifier()
+    for parameter in (head.weight, head.bias):
+        parameter.data = parameter.data[order]
+    write_export(model, tmp_path / "turned", [f"class_{label}" for label in order])
+    turned, straight = run(tmp_path / "turned", photos, tmp_path), run(student, photos, tmp_path)
+    for figure in ("correct1", "correct5", "nll"):
+        assert turned[figure] == pytest.approx(straight[figure], rel=1e-5)
 
 
-def test_classes_of_other_names_are_evaluated_with_a_warning(
-    photos: Path, student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_class_without_images_is_said_and_the_others_are_evaluated(
+    photos: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    subprocess.run(["cp", "-r", str(photos), str(tmp_path / "data")], check=True)
+    subprocess.run(["rm", "-r", str(tmp_path / "data" / "val" / "class_0")], check=True)
     model = timm.create_model(f"local-dir:{student}", pretrained=True)
-    write_export(model, tmp_path / "renamed", [f"synset {label}" for label in range(7)])
-    assert run(tmp_path / "renamed", photos, tmp_path)["correct1"] == run(student, photos, tmp_path)["correct1"]
-    assert "class 0 is 'synset 0'" in caplog.text
+    with torch.no_grad():
+        model.get_classifier().weight.zero_()
+        model.get_classifier().bias.copy_(torch.tensor([0.0, 1.0, 0, 0, 0, 0, 0]))  # says class_1 of everything
+    write_export(model, tmp_path / "stubborn", [f"class_{label}" for label in range(7)])
+    result = run(tmp_path / "stubborn", tmp_path / "data", tmp_path)
+    assert result["correct1"] == len(list((tmp_path / "data" / "val" / "class_1").iterdir()))
+    said = capsys.readouterr().err
+    assert f"{result['images']} images of 6 classes from" in said
+    assert "also knows class_0, of which there are no images" in said
+
+
+def test_a_class_that_the_model_does_not_know_is_refused_by_name(photos: Path, student: Path, tmp_path: Path) -> None:
+    model = timm.create_model(f"local-dir:{student}", pretrained=True)
+    write_export(model, tmp_path / "other", [f"class_{label}" for label in range(1, 8)])
+    with pytest.raises(ValueError, match=r"does not know class_0 of .* \(it knows class_1, class_2, .*\); leave those"):
+        run(tmp_path / "other", photos, tmp_path)
 
 
 def test_an_unreadable_image_stops_unless_it_is_to_be_skipped(photos: Path, student: Path, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_a_recipe_with_cs_kd_loads_pairs_of_a_class() -> None:
     batches = build.make_loaders(recipe, spec, *sources, torch.contiguous_format, _OneProcess()).train  # type: ignore
     batch = next(iter(batches))
     assert torch.equal(batch.targets[:32], batch.targets[32:])
-    assert not torch.isin(batch.indices[:32], batch.indices[32:]).all()
+    assert not torch.isin(batch.positions[:32], batch.positions[32:]).all()
     assert len(batches) == math.ceil(1437 / 32)
 
 

@@ -23,9 +23,9 @@ def replacing_file(path: Path | str) -> Iterator[Path]:
     aside = _aside(path, "partial")
     try:
         yield aside
-        _sync(aside)
+        sync(aside)
         aside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -47,7 +47,7 @@ def replacing_folder(folder: Path | str) -> Iterator[Path]:
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
-            _sync(path)
+            sync(path)
         if folder.exists():
             folder.rename(previous)
         try:
@@ -55,7 +55,7 @@ def replacing_folder(folder: Path | str) -> Iterator[Path]:
         except OSError:
             restore_folder(folder)
             raise
-        _sync(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -98,7 +98,7 @@ def _aside(path: Path, role: str) -> Path:
     return path.with_name(f".{path.name}.{role}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk hold what was written to this file, or the names in this folder, before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -32,7 +32,7 @@ from .atomic import replacing_folder
 from .cli import run_cli
 from .data import ImageSource, ImageSpec, eval_loader, open_source
 from .known_data import portable_source
-from .loading import check_labels, check_model_name, load_model
+from .loading import check_model_name, load_model, number_classes
 from .markdown import markdown_table
 
 Classify = Callable[[np.ndarray], np.ndarray]
@@ -157,7 +157,7 @@ def deploy(
 
     _check_replaceable(folder)
     model = load_model(name).eval()
-    check_labels(name, model, test)
+    test = number_classes(name, model, test)
     spec = ImageSpec(**resolve_input_data_config(model, use_test_size=True))
     chosen = torch.linspace(0, len(train) - 1, min(calibration_images, len(train))).long()
     calibration = [batch.images.numpy() for batch in eval_loader(train.subset(chosen), spec, BATCH)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import csv
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,9 @@ from .allocator import keep_freed_memory
 from .atomic import replacing_file
 from .cli import run_cli
 from .data import ImageSource, ImageSpec, Loader, eval_loader, open_source
+from .data.image_source import some_of
 from .evaluation import FIGURES, evaluate, evaluation_record
-from .loading import check_labels, check_model_name, expand_names, load_model
+from .loading import check_model_name, expand_names, label_names, load_model, order_logits
 from .markdown import markdown_table
 from .suite import Subject, SuiteConfig, run_suite
 from .threads import use_threads
@@ -99,6 +101,8 @@ def main(config: EvalConfig) -> None:
             revision=config.revision,
             skip_unreadable=config.skip_unreadable,
         )
+    if state.is_main_process:
+        print(source.describe(), file=sys.stderr)
     if config.more.suite is not None:
         _run_suite(config, models, source, state, device)
         return
@@ -144,7 +148,10 @@ def _load(name: str, source: ImageSource, state: PartialState, device: torch.dev
     """The model on its device, its classes checked, and how it wants its images."""
     with state.main_process_first():
         model = load_model(name)
-    check_labels(name, model, source)
+    order_logits(name, model, source)
+    lacking = [label for label in label_names(model) or () if label not in source.label_names]
+    if lacking and model.num_classes != source.num_classes and state.is_main_process:
+        print(f"{name} also knows {some_of(lacking)}, of which there are no images", file=sys.stderr)
     model = model.to(device).to(memory_format=torch.channels_last)
     return model, ImageSpec(**resolve_input_data_config(model, use_test_size=True))
 

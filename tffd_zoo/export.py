@@ -18,7 +18,7 @@ from typing import Any, Literal
 import timm
 import torch
 import tyro
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models._hub import save_config_for_hf
 from timm.utils.model import unwrap_model
@@ -200,6 +200,13 @@ def export_run(
     with torch.random.fork_rng(devices=[]):
         model = timm.create_model(recipe["model"], num_classes=len(data["label_names"]))
     try:
+        with safe_open(file, framework="pt") as weights_of_step:
+            step = (weights_of_step.metadata() or {}).get("step", str(line["step"]))
+        if step != str(line["step"]):
+            raise ValueError(
+                f"{file} holds the weights of step {step}, and the figures recorded for them are of step "
+                f"{line['step']}; the command of the run, given again, brings them together"
+            )
         model.load_state_dict(load_file(file))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{file} does not hold the weights of {recipe['model']}: {_one_line(error)}") from error

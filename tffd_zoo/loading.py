@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 from huggingface_hub import hf_hub_download
@@ -16,7 +17,8 @@ from timm.models._hub import hf_split
 from torch import nn
 
 from . import models  # noqa: F401 (registers the zoo's architectures with timm)
-from .data import TrainSource
+from .data import ImageSource, TrainSource
+from .data.image_source import some_of
 from .export_record import AGAIN, CONFIG, SUMS, WEIGHTS, file_sha256, is_of_this_package, read_sums, verify_export
 from .json_files import read_json
 from .models.manifest import releases
@@ -175,26 +177,90 @@ def _verify_download(name: str, model_id: str) -> None:
             )
 
 
-def check_labels(name: str, model: nn.Module, source: TrainSource) -> None:
-    """Make sure that logit i of `model` and label i of `source` are the same class, as far as can be known.
+# --- which logit is which class ---------------------------------------------------------------------------------------
+
+
+def number_classes(name: str, model: nn.Module, source: ImageSource) -> ImageSource:
+    """Return `source` with its classes numbered as the logits of `model` are.
 
     Raises:
-        ValueError: the number of classes differs, or the same names stand in another order.
+        ValueError: `model` does not know one of them; see :func:`match_classes`.
     """
-    if model.num_classes != source.num_classes:
-        raise ValueError(
-            f"{name} tells {model.num_classes} classes apart but {source.name} has {source.num_classes}; "
-            "give data with the classes that it was trained on"
-        )
-    label_names = getattr(model, "pretrained_cfg", {}).get("label_names")
-    if not isinstance(label_names, Sequence) or tuple(label_names) == source.label_names:
+    known = label_names(model)
+    numbers = match_classes(name, known, _logits(model), source)
+    return source if known is None or numbers == [*range(len(known))] else source.with_classes(known)
+
+
+def order_logits(name: str, model: nn.Module, source: TrainSource, only: bool = False) -> None:
+    """Order the logits of `model` as `source` numbers its classes: those first, then the others.
+
+    Args:
+        name: of the model, for the error.
+        model: changed in place.
+        source: what numbers the classes.
+        only: leave the others out.
+
+    Raises:
+        ValueError: `model` does not know a class of `source`; see :func:`match_classes`.
+    """
+    network: Any = model  # to mypy, whatever a module holds is a tensor
+    numbers = match_classes(name, label_names(model), network.num_classes, source)
+    if not only:
+        numbers += sorted(set(range(network.num_classes)) - set(numbers))
+    if numbers == [*range(network.num_classes)]:
         return
-    index, ours, theirs = next(
-        (index, ours, theirs)
-        for index, (ours, theirs) in enumerate(zip(label_names, source.label_names, strict=True))
-        if ours != theirs
-    )
-    difference = f"class {index} is {ours!r} to {name} and {theirs!r} in {source.name}"
-    if set(label_names) == set(source.label_names):
-        raise ValueError(f"{difference}; order the classes of the data as the model has them")
-    _logger.warning("%s: the figures only mean something if these are two names of one thing", difference)
+    head = network.get_classifier()
+    if not isinstance(head, (nn.Linear, nn.Conv2d)):
+        raise ValueError(
+            f"{name} has its classes in another order than {source.name}, and its head ({type(head).__name__}) "
+            "cannot be put in order; order the classes of the data as the model has them"
+        )
+    for parameter in head.parameters():
+        parameter.data = parameter.data[numbers].clone()
+    network.num_classes = len(numbers)
+
+
+def match_classes(name: str, known: Sequence[str] | None, logits: int, source: TrainSource) -> list[int]:
+    """Return for every class of `source` the number of its logit: by name where both sides have names.
+
+    Args:
+        name: whose logits, for the error.
+        known: the names of its classes; None where it has none, and classes are as good as their numbers.
+        logits: how many there are.
+        source: may lack classes that the model knows.
+
+    Raises:
+        ValueError: a class cannot be matched.
+    """
+    if (
+        known is None
+        or tuple(known) == source.label_names
+        or not (_are_names(known) and _are_names(source.label_names))
+    ):
+        if logits != source.num_classes:
+            raise ValueError(
+                f"{name} tells {logits} classes apart but {source.name} has {source.num_classes}, and they have no "
+                "names that tell which are which; give data with the classes that it was trained on"
+            )
+        return [*range(logits)]
+    unknown = [label for label in source.label_names if label not in known]
+    if unknown:
+        raise ValueError(
+            f"{name} does not know {some_of(unknown)} of {source.name} (it knows {some_of(known)}); leave those images "
+            "out, call the classes what the model calls them, or take another model"
+        )
+    return [known.index(label) for label in source.label_names]
+
+
+def label_names(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the classes of `model`, None where its config has none."""
+    names = getattr(model, "pretrained_cfg", {}).get("label_names")
+    return tuple(names) if isinstance(names, Sequence) and len(names) == model.num_classes else None
+
+
+def _logits(model: Any) -> int:
+    return model.num_classes
+
+
+def _are_names(labels: Sequence[str]) -> bool:
+    return tuple(labels) != tuple(map(str, range(len(labels))))

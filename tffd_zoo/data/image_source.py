@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -223,7 +224,15 @@ class ImageSource:
         return replace(self, rows=self.rows[positions], labels=self.labels[positions])
 
     def with_classes(self, label_names: Sequence[str]) -> ImageSource:
-        """Return the same images, their classes numbered by their place in `label_names`, which has them all."""
+        """Return the same images, their classes numbered by their place in `label_names`, which has them all.
+
+        Raises:
+            ValueError: two classes have one name, and their places are not the same already.
+        """
+        if tuple(label_names[: self.num_classes]) == self.label_names:
+            return replace(self, label_names=tuple(label_names))
+        if twice := [name for name, times in Counter(label_names).items() if times > 1]:
+            raise ValueError(f"the classes of {self.name} cannot be told apart by their names: {some_of(twice)} twice")
         place = {name: number for number, name in enumerate(label_names)}
         numbers = torch.tensor([place[name] for name in self.label_names], dtype=torch.int64)
         return replace(self, labels=numbers[self.labels], label_names=tuple(label_names))

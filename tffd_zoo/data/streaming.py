@@ -23,6 +23,7 @@ batches of 256 photographs from row groups of 100 MB.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -131,6 +132,11 @@ class StreamedSource:
         """Short hash of what is known before reading: the sizes of the row groups and the class names."""
         known = (self.split, self.label_names, self.revision, self.groups)
         return sha256(repr(known).encode()).hexdigest()[:16]
+
+    @property
+    def outline(self) -> str:
+        """Short hash of the files' names, where they lie left out; what is in them, :attr:`fingerprint` knows."""
+        return sha256(repr([os.path.basename(file) for file in self.files]).encode()).hexdigest()[:16]
 
     @cached_property
     def _sizes(self) -> Tensor:

@@ -186,9 +186,10 @@ class DistillationTask(TrainingTask):
         self._batches = 0
         self.undecided = {name for name, weight in weights.items() if weight.share}
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
+        # not of no losses: accelerate takes two empty tensors for one, and a plain run would find one missing
         values = [math.nan if weight.share else weight.value for weight in weights.values()]
-        self.register_buffer("lambdas", torch.tensor(values, dtype=torch.float32))
-        self.register_buffer("loss_weights", torch.ones(len(weights)))
+        self.register_buffer("lambdas", torch.tensor(values, dtype=torch.float32), persistent=bool(weights))
+        self.register_buffer("loss_weights", torch.ones(len(weights)), persistent=bool(weights))
         self.register_load_state_dict_post_hook(_mirror_state)
 
     # --- forward ------------------------------------------------------------------------------------------------------

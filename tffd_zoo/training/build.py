@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError, safe_open
 from timm import create_model
 from timm.data import Mixup
 from timm.loss import create_classification_loss
@@ -35,7 +37,7 @@ from ..data.image_source import some_of
 from ..data.loaders import Workers
 from ..data.memory import AUGMENTS
 from ..data.workers import workers_beside
-from ..loading import check_architecture, check_labels, check_model_name, load_model
+from ..loading import check_architecture, check_model_name, load_model, order_logits
 from ..recipe import DataConfig, Recipe
 from ..stages import find_stages, stage_activations
 from ..tasks import DistillationTask, Setting, TeacherConfig
@@ -350,12 +352,15 @@ def load_teacher(config: TeacherConfig, source: TrainSource) -> nn.Module:
             network = load_model(config.model)
         else:
             network = teacher_from_file(config.model, config.weights, source.num_classes)
-    check_labels(config.model, network, source)
+        order_logits(config.model, network, source, only=True)
     return network
 
 
 def teacher_from_file(model: str, weights: Path, num_classes: int) -> nn.Module:
-    """`model` with the weights of a file, such as the weights/last.safetensors of a run."""
+    """`model` with the weights of a file, such as the weights/last.safetensors of a run.
+
+    Those of a run name their classes; of others, `num_classes` must be right.
+    """
     if not weights.is_file():
         raise FileNotFoundError(
             f"the teacher's weights {weights} are missing; train {model} first (for CIFAR-100: "
@@ -363,9 +368,16 @@ def teacher_from_file(model: str, weights: Path, num_classes: int) -> nn.Module:
             "--teacher.model NAME.TAG --teacher.weights None"
         )
     try:
-        return create_model(model, num_classes=num_classes, checkpoint_path=str(weights))
+        with safe_open(weights, framework="pt") as file:
+            names = json.loads((file.metadata() or {}).get("label_names", "null"))
+    except SafetensorError:  # timm reads other kinds too
+        names = None
+    try:
+        network = create_model(model, num_classes=len(names) if names else num_classes, checkpoint_path=str(weights))
     except RuntimeError as error:  # how torch refuses weights
         raise ValueError(f"{weights} does not fit {model}: {' '.join(str(error).split())}") from error
+    network.pretrained_cfg = {**network.pretrained_cfg, "label_names": names}
+    return network
 
 
 def fresh_teacher(recipe: Recipe, config: TeacherConfig, num_classes: int) -> nn.Module:

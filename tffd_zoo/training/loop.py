@@ -51,7 +51,7 @@ from .build import (
 from .curves import draw_curves
 from .precision import settle_precision, training_seconds
 from .progress import NonFiniteLoss, Progress, StopSignal, TermSums
-from .run_folder import RunFolder
+from .run_folder import RunFolder, data_record
 
 _logger = logging.getLogger(__name__)
 
@@ -129,16 +129,13 @@ def train(recipe: Recipe) -> Path:
     prepared, optimizer = accelerator.prepare(task, optimizer)
 
     # --- what is on disk, and resume ----------------------------------------------------------------------------------
-    folder = RunFolder(recipe, accelerator)
-    folder.describe_data(train_source, eval_source, spec)
+    folder = RunFolder(recipe, data_record(train_source, eval_source, spec), accelerator)
     progress, sums = Progress(steps_per_epoch), TermSums(accelerator)
     accelerator.register_for_checkpointing(progress, sums, *([ema] if ema is not None else []))
     if run.trackers:
         accelerator.init_trackers("tffd_zoo", config=_flat(recipe.to_dict()))
     set_seed(run.seed + 1 + accelerator.process_index)  # dropout differs by process; the weights were drawn alike
-    checkpoint = folder.latest_checkpoint()
-    if checkpoint is not None:
-        folder.load_checkpoint(checkpoint)
+    checkpoint = folder.resume()
     folder.forget_after(progress.step if checkpoint else -1)
     if task.undecided:
         lambdas = _choose_lambdas(task, train_batches, mixup, optim.accumulate, accelerator)
@@ -216,10 +213,10 @@ def train(recipe: Recipe) -> Path:
                         "checkpoints are from before that: lower --lr, and pass --output with a new folder"
                     ) from error
                 line |= {f"{prefix}{name}": value for name, value in result.to_json().items()}
-                folder.save_weights(weights, "last", ema=bool(prefix))
+                folder.save_weights(weights, "last", progress.step, ema=bool(prefix))
                 if result.top1 > progress.best.get(prefix, -1.0):
                     progress.best[prefix] = result.top1
-                    folder.save_weights(weights, "best", ema=bool(prefix))
+                    folder.save_weights(weights, "best", progress.step, ema=bool(prefix))
             folder.append({**line, "hours": progress.hours})
             folder.save_checkpoint(progress.step)
             accelerator.log({f"eval/{name}": line[name] for name in FIGURES}, step=progress.step)

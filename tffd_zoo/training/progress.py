@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -129,8 +130,14 @@ class TermSums:
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a wish to stop that all processes agree on; a second Ctrl-C interrupts at once."""
+    """Turns SIGTERM, Ctrl-C and the end of the launcher into a wish to stop that all processes agree on.
 
+    A second Ctrl-C interrupts at once.
+    """
+
+    # Set by accelerate's launcher and by torchrun. A run that one of them started ends with it: nobody waits for it any
+    # more, and another may be started in its folder.
+    LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
     AGREE_EVERY = 10  # steps between the processes' votes: a collective per step would cost more than it is worth
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -138,6 +145,7 @@ class StopSignal:
         self.signal = 0  # what this process received
         self.agreed = 0  # what all processes act on
         self._previous: dict[int, Any] = {}
+        self._launcher = os.getppid() if any(name in os.environ for name in self.LAUNCHED) else None
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
@@ -156,6 +164,8 @@ class StopSignal:
 
     def requested(self, step: int) -> bool:
         """Whether any process was told to stop; the same answer on every process."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.signal = self.signal or signal.SIGTERM
         if self.accelerator.num_processes == 1:
             self.agreed = self.signal
         elif step % self.AGREE_EVERY == 0:

@@ -11,73 +11,120 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, load
-from accelerate.utils.constants import RNG_STATE_NAME
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 
-from ..atomic import replacing_file, replacing_folder, save_tensors
+from ..atomic import replacing_file, replacing_folder, save_tensors, sync
+from ..cli import USER_ERRORS
 from ..data import ImageSource, ImageSpec, TrainSource
+from ..data.image_source import some_of
+from ..export_record import file_sha256
 from ..json_files import read_json, write_json
 from ..recipe import Recipe, differences
-from ..run_record import CHECKPOINTS, DATA, ENVIRONMENT, METRICS_LINES, RECIPE, read_metrics, read_recipe, weights_file
+from ..run_record import (
+    CHECKPOINTS,
+    DATA,
+    ENVIRONMENT,
+    MEND,
+    METRICS_LINES,
+    RECIPE,
+    read_metrics,
+    read_recipe,
+    weights_file,
+)
 from ..threads import cores_per_process
 
 CHECKPOINT = "checkpoint.json"
 """What a checkpoint is of: its step, recipe and number of processes."""
 
 
+LOCK = ".lock"
+HOLDER = ".holder.json"
+"""Held for as long as a process writes to the folder, and who that is."""
+PATIENCE = 10.0
+"""Seconds in which a run that was just killed gives up the folder."""
+
+
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run, of which no other process writes to it.
 
     Args:
         recipe: what runs there; must be the one that the folder already holds, if any.
+        data: what it is trained and evaluated on, a :func:`data_record`; likewise.
         accelerator: tells which process writes.
 
     Raises:
-        ValueError: the folder holds a run of another recipe.
+        ValueError: the folder holds a run of another recipe or on other data, or another process writes to it.
+            Nothing was touched then.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: Recipe, data: Mapping[str, Any], accelerator: Accelerator) -> None:
         self.path = recipe.folder
         self.recipe = recipe
+        self.data = data
         self.accelerator = accelerator
         self.checkpoints = self.path / CHECKPOINTS
         self.metrics_file = self.path / METRICS_LINES
-        found = read_recipe(self.path)
-        if found is not None:
-            changed = differences(recipe.to_dict(), found)
-            if changed:
-                raise ValueError(
-                    f"{self.path} holds a run of another recipe ({'; '.join(changed)}); "
-                    "pass --output with another folder, or the same settings to resume it"
-                )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / RECIPE, recipe.to_dict())
-            write_json(self.path / ENVIRONMENT, environment(accelerator))
-        accelerator.wait_for_everyone()
+        self._on_main(self._take)
 
-    def describe_data(self, train: TrainSource, evaluation: ImageSource, spec: ImageSpec) -> None:
-        """Record what is trained and evaluated on: an export and every figure need it."""
+    def _take(self) -> None:
+        """Make the folder this process's own, if it may be."""
+        self._check()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / LOCK, is_singleton=True)  # freed when the process ends, however it does
+        try:
+            self._lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            who = read_json(self.path / HOLDER, "wait for that run") if (self.path / HOLDER).exists() else {}
+            raise ValueError(
+                f"{self.path} is being written by process {who.get('pid', '?')} on {who.get('host', 'some machine')} "
+                f"since {who.get('since', 'just now')}; wait for it or stop it, or pass --output with another folder"
+            ) from None
+        self._check()  # again: what held the folder until now may have written to it
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write_json(self.path / HOLDER, {"pid": os.getpid(), "host": platform.node(), "since": now})
+        write_json(self.path / RECIPE, self.recipe.to_dict())
+        write_json(self.path / ENVIRONMENT, environment(self.accelerator))
+        write_json(self.path / DATA, self.data)
+
+    def _check(self) -> None:
+        changed = differences(self.recipe.to_dict(), read_recipe(self.path) or self.recipe.to_dict())
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run of another recipe ({'; '.join(changed)}); "
+                "pass --output with another folder, or the same settings to resume it"
+            )
+        if (self.path / DATA).exists() and (changed := data_changes(self.data, read_json(self.path / DATA, MEND))):
+            raise ValueError(
+                f"{self.path} holds a run on other data ({'; '.join(changed)}); pass --output with another folder, or "
+                "give the same data to resume it"
+            )
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Have the main process do what all depend on; a user's error there is one on every process."""
+        failed: list[Exception | None] = [None]
         if self.accelerator.is_main_process:
-            splits = {
-                role: {"split": source.split, "images": len(source), "fingerprint": source.fingerprint}
-                for role, source in (("train", train), ("eval", evaluation))
-            }
-            about = {"source": train.name, "revision": train.revision, **splits, "spec": dataclasses.asdict(spec)}
-            write_json(self.path / DATA, {**about, "label_names": list(train.label_names)})
+            try:
+                action()
+            except USER_ERRORS as error:
+                failed = [error]
+        failed = broadcast_object_list(failed)
+        if failed[0] is not None:
+            raise failed[0]
 
     # --- metrics ------------------------------------------------------------------------------------------------------
 
@@ -100,9 +147,31 @@ class RunFolder:
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def latest_checkpoint(self) -> Path | None:
-        """The newest finished checkpoint."""
-        return max(self.checkpoints.glob("step-*"), default=None)
+    def resume(self) -> Path | None:
+        """Load the newest sound checkpoint, if there is any, and return it.
+
+        A damaged one is said to be, and put aside.
+
+        Raises:
+            ValueError: there are checkpoints and all of them are damaged, or one is of another run.
+        """
+        damage = ""
+        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            found = [damage_of(folder) if self.accelerator.is_main_process else ""]
+            damage = broadcast_object_list(found)[0]
+            if not damage:
+                self.load_checkpoint(folder)
+                return folder
+            self.accelerator.print(f"the checkpoint {folder} is damaged ({damage}): it is put aside for the one before")
+            if self.accelerator.is_main_process:
+                folder.rename(folder.with_name(f"damaged-{folder.name}"))
+            self.accelerator.wait_for_everyone()
+        if damage:
+            raise ValueError(
+                f"no checkpoint of {self.path} is whole (the last one: {damage}); restore one from a copy, or pass "
+                "--output with another folder to start again"
+            )
+        return None
 
     def save_checkpoint(self, step: int) -> Path:
         """Write a checkpoint aside, rename it, and drop the oldest; on every process.
@@ -114,9 +183,11 @@ class RunFolder:
         with self._aside(folder) as aside:
             try:
                 self.accelerator.save_state(str(aside), safe_serialization=True)
+                self.accelerator.wait_for_everyone()
                 if self.accelerator.is_main_process:
+                    sync(self.metrics_file)  # no checkpoint is newer than the figures
                     about = {"step": step, "processes": self.accelerator.num_processes, "recipe": self.recipe.to_dict()}
-                    write_json(aside / CHECKPOINT, about)
+                    write_json(aside / CHECKPOINT, {**about, "data": self.data, "sha256": _hashes(aside)})
             except (
                 OSError,
                 RuntimeError,
@@ -142,26 +213,24 @@ class RunFolder:
             yield Path(broadcast_object_list([str(aside)])[0])
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Load a checkpoint into everything that the accelerator prepared or registered.
+        """Load a sound checkpoint into everything that the accelerator prepared or registered.
 
         Raises:
-            ValueError: it is damaged, of another recipe or of another number of processes.
+            ValueError: it is of another recipe, other data or another number of processes, or does not fit.
         """
         delete = "delete that folder to resume from the one before it"
-        about = read_json(folder / CHECKPOINT, delete) if (folder / CHECKPOINT).exists() else {}
-        if changed := differences(self.recipe.to_dict(), about.get("recipe", self.recipe.to_dict())):
+        about = read_json(folder / CHECKPOINT, delete)
+        if changed := differences(self.recipe.to_dict(), about["recipe"]):
             raise ValueError(f"the checkpoint {folder} is of another recipe ({'; '.join(changed)}); {delete}")
-        mine = self.accelerator.num_processes
-        theirs = about.get("processes", mine)
+        if changed := data_changes(self.data, about["data"]):
+            raise ValueError(f"the checkpoint {folder} is of other data ({'; '.join(changed)}); {delete}")
+        mine, theirs = self.accelerator.num_processes, about["processes"]
         if theirs != mine:
             raise ValueError(
                 f"the checkpoint {folder} is of a run on {theirs} process(es), and this one has {mine}; start "
                 f"{theirs}, or pass --output with another folder"
             )
         try:
-            # accelerate goes on without the random states when they cannot be read, and the run would be another
-            states = folder / f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl"
-            load(states)
             self.accelerator.load_state(str(folder))
         except Exception as error:
             raise ValueError(f"the checkpoint {folder} cannot be read ({_first_line(error)}); {delete}") from error
@@ -172,13 +241,74 @@ class RunFolder:
         """File of the `last` or `best` weights."""
         return weights_file(self.path, f"{which}_ema" if ema else which)
 
-    def save_weights(self, model: nn.Module, which: str, ema: bool = False) -> None:
-        """Write plain weights; on the main process."""
+    def save_weights(self, model: nn.Module, which: str, step: int, ema: bool = False) -> None:
+        """Write plain weights, the step that they are of and the names of their classes; on the main process."""
         if self.accelerator.is_main_process:
             path = self.weights(which, ema)
             path.parent.mkdir(exist_ok=True)
             with replacing_file(path) as aside:
-                save_tensors(model.state_dict(), aside)
+                about = {"step": str(step), "label_names": json.dumps(self.data["label_names"])}
+                save_tensors(model.state_dict(), aside, **about)
+
+
+def damage_of(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, "" if nothing is; none of them can run code."""
+    try:
+        listed = read_json(folder / CHECKPOINT, MEND)["sha256"]
+        found = _hashes(folder)
+    except (OSError, ValueError, KeyError) as error:
+        return _first_line(error)
+    for name in sorted({*listed, *found}):
+        if listed.get(name) != found.get(name):
+            return f"{name} is {'missing' if name not in found else 'not the file that was saved'}"
+    try:
+        for path in folder.iterdir():  # accelerate reads some of them as any pickle: these hold tensors and numbers
+            if path.suffix in (".bin", ".pkl", ".pt"):
+                load(path, map_location="cpu")
+    except Exception as error:
+        return f"{path.name}: {_first_line(error)}"
+    return ""
+
+
+def data_record(train: TrainSource, evaluation: ImageSource, spec: ImageSpec) -> dict[str, Any]:
+    """What a run is trained and evaluated on, in plain values: an export and every figure need it."""
+    splits = {
+        role: {
+            "split": source.split,
+            "images": len(source),
+            "fingerprint": source.fingerprint,
+            "outline": source.outline,
+        }
+        for role, source in (("train", train), ("eval", evaluation))
+    }
+    about = {"source": train.name, "revision": train.revision, **splits, "spec": dataclasses.asdict(spec)}
+    return json.loads(json.dumps({**about, "label_names": list(train.label_names)}))
+
+
+def data_changes(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What makes two data records those of different images or classes. What one of them does not tell is left out."""
+    found = []
+    ours, others = mine["label_names"], theirs.get("label_names", mine["label_names"])
+    if ours != others:
+        gone, come = ([name for name in a if name not in b] for a, b in ((others, ours), (ours, others)))
+        found.append(f"classes: {some_of(gone) or 'another order'} there, {some_of(come) or 'the same'} here")
+    if mine["revision"] != theirs.get("revision", mine["revision"]):
+        found.append(f"revision: {theirs['revision']} there, {mine['revision']} here")
+    for role in ("train", "eval"):
+        a, b = mine[role], theirs.get(role, {})
+        changed = [key for key in a if key in b and a[key] != b[key]]
+        if changed:  # the first says most
+            found.append(f"{role} {changed[0]}: {b[changed[0]]} there, {a[changed[0]]} here")
+    return found
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a checkpoint but the one that lists them, by its path there."""
+    return {
+        str(path.relative_to(folder)): file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != CHECKPOINT
+    }
 
 
 def _first_line(error: Exception) -> str:
