@@ -144,6 +144,21 @@ def test_the_lean_inter_loss_equals_the_plain_one_with_its_gradients(
     assert_equal_with_gradients(lean, inter_layer_loss(features, stage_pairs(3), **settings), features)
 
 
+@LAYOUTS
+@pytest.mark.usefixtures("double_precision")
+def test_ickd_of_many_channels_on_small_maps_equals_the_plain_one(layout: torch.memory_format) -> None:
+    features = stages([(3, 40, 2, 3), (3, 70, 2, 2), (3, 140, 1, 1)], layout)
+    features[0].data[:, 7] = 0  # a dead channel has no direction
+    lean = _lean.inter_layer_loss(features, stage_pairs(3), loss="ickd")
+    torch.testing.assert_close(lean, inter_layer_loss(features, stage_pairs(3), loss="ickd"), rtol=1e-12, atol=0)
+    features = stages([(3, 40, 2, 3), (3, 140, 1, 1)], layout)
+    plain = inter_layer_loss(features, [(0, 1)], loss="ickd")
+    assert_equal_with_gradients(_lean.inter_layer_loss(features, [(0, 1)], loss="ickd"), plain, features)
+    teachers = [pair_channels(torch.randn(feature.shape[1])) for feature in features]
+    lean = _lean.intra_layer_loss(features, teachers, ratio=0.5, loss="ickd")
+    assert_equal_with_gradients(lean, intra_layer_loss(features, teachers, loss="ickd"), features)
+
+
 @pytest.mark.parametrize(
     ("reductions", "sizes"),
     [((1, 2, 4), range(17, 64)), ((4, 8, 16, 32), range(160, 257, 8)), ((4, 8, 16, 32), range(161, 257, 16))],

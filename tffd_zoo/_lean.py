@@ -251,20 +251,29 @@ def _distance(loss: FeatureLoss, reduction: Reduction) -> Callable[[Tensor, Tens
         return plain
     if loss == "at":
         return lambda student, target: F.mse_loss(_attention(student), _attention(target))
+    if loss == "ickd":
+        return _ickd
     return lambda student, target: _compare(_relations(student, loss), _relations(target, loss), loss)
 
 
 def _inter_layer_relations(features: Sequence[Tensor], pairs: Sequence[tuple[int, int]], loss: FeatureLoss) -> Tensor:
     """The inter-layer loss of sp and ickd, which takes the products of a stage once for all pairs that it is in."""
     channels = [feature.shape[1] for feature in features]
-    shared = [(i, j, min(channels[i], channels[j])) for i, j in sorted(pairs)]  # the channels that ickd compares
+    total = features[0].new_zeros(())
+    shared = []  # pairs, and the channels that ickd compares
+    for shallow, deep in sorted(pairs):
+        count = min(channels[shallow], channels[deep])
+        student, target = features[shallow], features[deep].detach()
+        if loss == "ickd" and _has_few_places(student, target, count):
+            total = total + _ickd_by_places(student[:, :count], target[:, :count])
+        else:
+            shared.append((shallow, deep, count))
     relations = {}
     for stage, feature in enumerate(features):
         most = channels[stage] if loss == "sp" else max((c for i, j, c in shared if stage in (i, j)), default=0)
         if most:
             relations[stage] = _relations(feature if most == channels[stage] else feature[:, :most], loss)
             differentiate_with(relations[stage], feature)
-    total = features[0].new_zeros(())
     for shallow, deep, count in shared:
         student, target = relations[shallow], relations[deep].detach()
         if loss == "ickd":
@@ -290,6 +299,34 @@ def _compare(student: Tensor, target: Tensor, loss: FeatureLoss) -> Tensor:
     if loss == "sp":
         return F.mse_loss(student, target)
     return F.mse_loss(student, target, reduction="sum") / (student.shape[0] * student.shape[1])
+
+
+def _ickd(student: Tensor, target: Tensor) -> Tensor:
+    """`feature_losses.ickd`."""
+    if _has_few_places(student, target, student.shape[1]):
+        return _ickd_by_places(student, target)
+    return _compare(_relations(student, "ickd"), _relations(target, "ickd"), "ickd")
+
+
+def _has_few_places(student: Tensor, target: Tensor, channels: int) -> bool:
+    return 2 * max(student.shape[2:].numel(), target.shape[2:].numel()) <= channels
+
+
+def _ickd_by_places(student: Tensor, target: Tensor) -> Tensor:
+    """`feature_losses.ickd` of maps with fewer places than channels, without products of all channels.
+
+    Only inner products of rows of G_s = S S^T and G_t = T T^T are needed, for |a - b|^2 = |a|^2 + |b|^2 - 2 a b. Those
+    of row c are s_c (S^T T) t_c, with a matrix of places by places. Paid for by `precision`.
+    """
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ (a.mT @ b) * b).sum(-1)
+
+    with torch.autocast(student.device.type, enabled=False):
+        s, t = student.flatten(2), target.flatten(2)
+        own_s, own_t, both = inner(s, s), inner(t, t), inner(s, t)
+    unit_s, unit_t = (own.clamp_min(1e-24).rsqrt() for own in (own_s, own_t))  # the bound of F.normalize, squared
+    return (own_s * unit_s**2 + own_t * unit_t**2 - 2 * both * unit_s * unit_t).mean()
 
 
 class _Products(torch.autograd.Function):
