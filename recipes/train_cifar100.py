@@ -1,6 +1,6 @@
 """CIFAR-100 recipes for 32x32 networks: Tf-FD and what it has to be compared with.
 
-    accelerate launch recipes/train_cifar100.py [PRESET] [--flags]
+    accelerate launch -q recipes/train_cifar100.py [PRESET] [--flags]
 
 | preset     | what                                                                         | epochs |
 |------------|------------------------------------------------------------------------------|--------|

@@ -1,6 +1,6 @@
 """ImageNet-1k recipes: the supplement's setting and its plain twin, for any timm model; and fine-tuning from it.
 
-    accelerate launch recipes/train_imagenet.py [PRESET] [--flags]
+    accelerate launch -q recipes/train_imagenet.py [PRESET] [--flags]
 
 | preset   | what                                                                            |
 |----------|---------------------------------------------------------------------------------|
@@ -9,7 +9,7 @@
 | off      | tffd, but the losses fall to zero between 30 % and 60 % of the run              |
 | finetune | from released weights to other classes, with Tf-FD; its twin: --tffd None       |
 
-    accelerate launch recipes/train_imagenet.py finetune --model resnet50.a1_in1k --pretrained --data FOLDER
+    accelerate launch -q recipes/train_imagenet.py finetune --model resnet50.a1_in1k --pretrained --data FOLDER
 
 Fine-tuning takes the weights of any timm or hf-hub: model, with a new head: AdamW, 20 epochs, the rate falling by a
 quarter from each layer group to the one below. --layer-decay 0.1 --layer-decay-min 0.1 gives the whole body a tenth of

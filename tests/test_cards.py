@@ -12,19 +12,19 @@ from huggingface_hub import EvalResult as HubResult
 from huggingface_hub import ModelCard
 
 from tffd_zoo.cards import (
-    BEGIN,
     CITATION,
-    END,
     CardInfo,
     CardsConfig,
     Twin,
     main,
+    marks,
     render_card,
     render_results,
+    render_students,
 )
 from tffd_zoo.data import ImageSpec
 from tffd_zoo.evaluation import EvalResult
-from tffd_zoo.models import Metrics, Release, Training, WheelFile
+from tffd_zoo.models import Metrics, Release, Training, WheelFile, releases
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, vary
 from tffd_zoo.tasks import CANONICAL, KDConfig, TeacherConfig, method_tag
 
@@ -321,28 +321,38 @@ def test_the_zoos_table_says_which_images_were_held_out_and_which_chose_the_weig
 
 def test_the_command_replaces_the_figures_and_nothing_else(tmp_path: Path) -> None:
     card = tmp_path / "CARD.md"
-    card.write_text(f"before\n{BEGIN}\nold figures\n{END}\nafter\n")
+    card.write_text(f"before\n{marks('results')[0]}\nold figures\n{marks('results')[1]}\nafter\n")
     with pytest.raises(ValueError, match="not up to date with the manifest"):
-        main(CardsConfig(card, check=True))
+        main(CardsConfig((card,), check=True))
     assert "old figures" in card.read_text()
-    main(CardsConfig(card))
-    assert card.read_text().startswith(f"before\n{BEGIN}\n\n")
-    assert card.read_text().endswith(f"\n\n{END}\nafter\n")
+    main(CardsConfig((card,)))
+    assert card.read_text().startswith(f"before\n{marks('results')[0]}\n\n")
+    assert card.read_text().endswith(f"\n\n{marks('results')[1]}\nafter\n")
     assert "old figures" not in card.read_text()
-    main(CardsConfig(card, check=True))
+    main(CardsConfig((card,), check=True))
 
 
 def test_a_card_without_a_place_for_the_figures_is_left_alone(tmp_path: Path) -> None:
     card = tmp_path / "CARD.md"
     card.write_text("nothing to see")
     with pytest.raises(ValueError, match="has no place for the figures"):
-        main(CardsConfig(card))
+        main(CardsConfig((card,)))
     assert card.read_text() == "nothing to see"
 
 
-def test_the_zoos_card_has_the_figures_of_the_manifest() -> None:
-    main(CardsConfig(MODEL_CARD, check=True))
+def test_the_zoos_card_and_the_readme_have_the_figures_of_the_manifest() -> None:
+    root = MODEL_CARD.parent
+    main(CardsConfig((MODEL_CARD, root / "README.md"), check=True))
 
 
 def test_the_zoos_card_cites_what_the_release_cards_cite() -> None:
     assert CITATION in MODEL_CARD.read_text()
+
+
+def test_the_students_stand_beside_their_plain_twins() -> None:
+    table = render_students(releases())
+    row = next(line for line in table.splitlines() if line.startswith("| `tffd_resnet20.c100`"))
+    by_name = {entry.name: entry.metrics.result.top1 for entry in releases()}
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2:4] == [f"{by_name['tffd_resnet20.c100']:.2f}", f"{by_name['tffd_resnet20.ce_c100']:.2f}"]
+    assert "`tffd_resnet20.ce_c100`" not in table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,8 +34,31 @@ def test_every_python_piece_of_the_readme_runs(
     assert names["model"].num_classes == 10
 
 
+def test_every_link_of_a_page_leads_to_a_file() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/results/**/*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git applies the diffs")
+def test_the_changes_that_contributing_shows_apply(tmp_path: Path) -> None:
+    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+    assert len(diffs) == 4
+    for diff in diffs:
+        for file in re.findall(r"^\+\+\+ b/(.*)$", diff, flags=re.MULTILINE):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, tmp_path / file)
+        applied = subprocess.run(
+            ["git", "apply", "--check", "--unidiff-zero", "-"], cwd=tmp_path, input=diff, text=True, capture_output=True
+        )
+        assert applied.returncode == 0, f"{applied.stderr}\n{diff}"
+
+
 def test_the_commands_that_the_readme_names_exist() -> None:
-    text = (ROOT / "README.md").read_text()
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    text = "\n".join(page.read_text() for page in pages)
     for module in re.findall(r"python -m ((?:tffd_zoo|recipes)[\w.]+)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
     for script in re.findall(r"(?:recipes|hub)/[\w/]+\.py", text):

@@ -7,7 +7,7 @@ own card, MODEL_CARD.md, gets its figures from the manifest: `python -m tffd_zoo
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -392,36 +392,69 @@ def _licence(info: CardInfo) -> str:
 
 # --- the zoo's own card -----------------------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- results: written by python -m tffd_zoo.cards -->", "<!-- end of results -->"
+
+def render_students(entries: Sequence[Release]) -> str:
+    """Return the students at a glance: what each reaches beside its plain twin, and its size."""
+    top1 = {entry.name: f"{entry.metrics.result.top1:.2f}" for entry in entries}
+    rows = []
+    for entry in entries:
+        if entry.tag.startswith("ce_"):
+            continue
+        data = f"{entry.metrics.dataset}, {entry.input.input_size[-1]} px"
+        twin = top1.get(f"{entry.architecture}.ce_{entry.tag}", "-")
+        rows.append([f"`{entry.name}`", data, top1[entry.name], twin, f"{entry.size / 1e6:.1f}"])
+    return markdown_table(["student", "trained on", "top-1 %", "its plain twin", "MB"], rows)
+
+
+TABLES: dict[str, Callable[[Sequence[Release]], str]] = {"results": render_results, "students": render_students}
+"""Tables by the name in the marks around them."""
 
 
 @dataclass(frozen=True)
 class CardsConfig:
-    """Write the figures of all releases into the zoo's own card, from the manifest."""
+    """Write the figures of all releases into the zoo's own card and the README, from the manifest."""
 
-    card: Path = Path("MODEL_CARD.md")
-    """The card; what stands between its two marks is replaced."""
+    cards: tuple[Path, ...] = (Path("MODEL_CARD.md"), Path("README.md"))
+    """The files; what stands between their marks is replaced."""
     check: bool = False
     """Change nothing, and fail if the figures are not those of the manifest."""
 
 
 def main(config: CardsConfig) -> None:
-    """Bring the zoo's card up to date with the manifest.
+    """Bring the tables up to date with the manifest.
 
     Raises:
-        ValueError: the card lacks its marks, or `check` finds it out of date.
+        ValueError: a file lacks its marks, or `check` finds it out of date.
     """
-    card = config.card.read_text()
-    head, begin, rest = card.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{config.card} has no place for the figures; put {BEGIN} and {END} around it")
-    fresh = f"{head}{BEGIN}\n\n{render_results(releases())}\n\n{END}{tail}"
-    if config.check and fresh != card:
-        raise ValueError(f"{config.card} is not up to date with the manifest; run python -m tffd_zoo.cards")
-    if fresh != card:
-        with replacing_file(config.card) as aside:
-            aside.write_text(fresh)
+    for path in config.cards:
+        card = path.read_text()
+        fresh = with_tables(card, str(path))
+        if config.check and fresh != card:
+            raise ValueError(f"{path} is not up to date with the manifest; run python -m tffd_zoo.cards")
+        if fresh != card:
+            with replacing_file(path) as aside:
+                aside.write_text(fresh)
+
+
+def with_tables(text: str, name: str) -> str:
+    """Replace what stands between the marks of every table that `text` has a place for.
+
+    Raises:
+        ValueError: it has none.
+    """
+    places = [table for table in TABLES if all(mark in text for mark in marks(table))]
+    if not places:
+        raise ValueError(f"{name} has no place for the figures; put {' and '.join(marks('results'))} around it")
+    for table in places:
+        begin, end = marks(table)
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n\n{TABLES[table](releases())}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def marks(table: str) -> tuple[str, str]:
+    """What stands before and after a table."""
+    return f"<!-- {table}: written by python -m tffd_zoo.cards -->", f"<!-- end of {table} -->"
 
 
 if __name__ == "__main__":
