@@ -569,3 +569,19 @@ def test_a_lambda_chosen_by_a_share_is_nothing_to_warn_of(caplog: pytest.LogCapt
     task.choose_lambdas([a_batch(4)])
     task(*a_batch(4))
     assert not caplog.records
+
+
+class _NextToNothing(Objective):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = {"faint": Weight(share=0.05)}
+
+    def forward(self, view: View) -> dict[str, Tensor]:
+        return {"faint": 1e-9 * view.logits.square().mean()}
+
+
+def test_a_weight_chosen_for_a_loss_that_starts_at_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    task = DistillationTask(tiny(), [_NextToNothing()], stages=find_stages(tiny()))
+    (value,) = task.choose_lambdas([a_batch(4)]).values()
+    assert value > 1e5
+    assert "will drown cross-entropy; watch grad_ratio/faint" in caplog.text

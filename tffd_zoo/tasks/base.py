@@ -114,6 +114,9 @@ class StagedModel(nn.Module):
 FAINT, DROWNING = 1e-6, 10.0
 """Weighted losses outside these multiples of cross-entropy, on the first batch, are a mistake in their lambda."""
 
+RUNAWAY = 1e5
+"""A lambda chosen above this is for features that start near zero (LayerScale) and will grow under it."""
+
 SHARE_STEPS = 10
 """Steps over which gradient norms are averaged to choose a lambda."""
 
@@ -331,6 +334,14 @@ class DistillationTask(TrainingTask):
         for k, name in enumerate(self.weights):
             if name in chosen:
                 self.lambdas[k] = chosen[name]
+        for name, value in chosen.items():
+            if value > RUNAWAY:
+                _logger.warning(
+                    "lambda %.3g was chosen for loss '%s', which starts at next to nothing on this model: when its "
+                    "features grow, the loss will drown cross-entropy; watch grad_ratio/%s (measure_every), give a "
+                    "lambda, or start from trained weights",
+                    value, name, name,
+                )  # fmt: skip
         self.undecided = set()
         return chosen
 
