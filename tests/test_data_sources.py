@@ -290,7 +290,7 @@ class TestImageFolder:
         source = open_source(str(tmp_path), "train")
         assert source.describe() == (
             f"2 images of 2 classes from {tmp_path} (train; left out: 2 .heic (not among the formats), "
-            "1 .txt (not among the formats), 5 hidden or of the system, 1 without a suffix, "
+            "1 .txt (not among the formats), 7 hidden or of the system, 1 without a suffix, "
             "1 folders without an image that can be read (cow))"
         )
 

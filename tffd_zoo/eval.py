@@ -32,6 +32,7 @@ from .data.image_source import some_of
 from .evaluation import FIGURES, evaluate, evaluation_record
 from .loading import check_model_name, expand_names, label_names, load_model, order_logits
 from .markdown import markdown_table
+from .ranges import COUNT, NOT_NEGATIVE, check_ranges
 from .suite import Subject, SuiteConfig, run_suite
 from .threads import use_threads
 
@@ -55,9 +56,9 @@ class EvalConfig:
     batch_size: int = 256
     """Images per batch and process."""
     image_column: str | None = None
-    """Column of the images; found by its type when not given."""
+    """Column of the images; found by its name or type when not given."""
     label_column: str | None = None
-    """Column of the labels; found by its type when not given."""
+    """Column of the labels; found by its name or type when not given."""
     revision: str | None = None
     """Revision of a Hub data set."""
     skip_unreadable: bool = False
@@ -77,6 +78,9 @@ class EvalConfig:
     """Write them to this file, as CSV."""
     more: tyro.conf.OmitArgPrefixes[SuiteConfig] = field(default_factory=SuiteConfig)
     """Calibration, corruptions, unknown images, transfer and more, beside or in place of the figures above."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, batch_size=COUNT, workers=NOT_NEGATIVE, threads=COUNT)
 
 
 def main(config: EvalConfig) -> None:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .cli import overview
+from .ranges import COUNT, NOT_NEGATIVE, PART, PART_BELOW_ONE, POSITIVE, Range, check_ranges
 from .tasks import (
     METHODS,
     BYOTConfig,
@@ -81,6 +82,9 @@ class DataConfig:
     drop_last: bool = False
     """Leave out the smaller last batch of an epoch."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, holdout=NOT_NEGATIVE, image_size=COUNT, workers=NOT_NEGATIVE)
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -127,6 +131,30 @@ class OptimConfig:
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, with this decay."""
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            epochs=COUNT,
+            batch_size=COUNT,
+            lr=POSITIVE,
+            weight_decay=NOT_NEGATIVE,
+            momentum=PART_BELOW_ONE,
+            milestones=PART,
+            decay_rate=POSITIVE,
+            lr_warmup_epochs=NOT_NEGATIVE,
+            layer_decay=Range(0, 1, without_low=True),
+            layer_decay_min=PART,
+            freeze=NOT_NEGATIVE,
+            accumulate=COUNT,
+            clip_grad=POSITIVE,
+            label_smoothing=PART_BELOW_ONE,
+            mixup=NOT_NEGATIVE,
+            cutmix=NOT_NEGATIVE,
+            ema_decay=PART_BELOW_ONE,
+        )
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"--milestones {' '.join(map(str, self.milestones))} go back in time; put them in order")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -162,6 +190,18 @@ class RunConfig:
     """Accelerate trackers by name, such as tensorboard or wandb."""
     weights: Literal["last", "best"] = "last"
     """Weights to export: after the last epoch, or of the best evaluation."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            seed=Range(0, 2**31),
+            threads=COUNT,
+            checkpoint_every=COUNT,
+            keep_checkpoints=COUNT,
+            log_every=COUNT,
+            measure_every=NOT_NEGATIVE,
+            max_steps=COUNT,
+        )
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def open_class_folders(data: str, wanted: str | Sequence[str]) -> ImageSource:
         here = os.path.basename(os.path.abspath(data))
         folders = {"train": data} | ({here: data} if usual_name(here) else {})
     split = find_split(wanted, folders, data)
-    classes, misplaced = _listing(folders[split])
     left_out: Counter[str] = Counter()
+    classes, misplaced = _listing(folders[split], left_out)
     for name in _images_among(misplaced, left_out):
         raise ValueError(
             f"{folders[split]} holds images outside class folders, such as {name}; move them into one subfolder per "

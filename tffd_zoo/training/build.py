@@ -248,6 +248,26 @@ def make_loaders(
     return Loaders(train_batches, eval_batches)
 
 
+def check_image_size(recipe: Recipe, model: nn.Module, spec: ImageSpec) -> None:
+    """Refuse a size of images that the network cannot take, such as any but one of a vision transformer's.
+
+    Raises:
+        ValueError: says what the network said.
+    """
+    training = model.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()(torch.zeros(1, *spec.input_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        own = ImageSpec.from_model(model).input_size[-1]
+        raise ValueError(
+            f"{recipe.model} cannot take images of {spec.input_size[-1]} px ({' '.join(str(error).split())}); leave "
+            f"--image-size out for its own {own} px, or give one that it can take"
+        ) from error
+    finally:
+        model.train(training)
+
+
 def check_batch_of_one(recipe: Recipe, model: nn.Module, spec: ImageSpec, batches: Loader) -> None:
     """Refuse a batch of one image before it comes up where it leaves a BatchNorm one value per channel.
 

@@ -36,6 +36,7 @@ from ..tasks import DistillationTask
 from ..threads import use_threads
 from .build import (
     check_batch_of_one,
+    check_image_size,
     check_network,
     check_trackers,
     freeze_layers,
@@ -90,6 +91,7 @@ def train(recipe: Recipe) -> Path:
     freeze_layers(model, optim.freeze)
     layout = memory_format(recipe, accelerator)
     spec = image_spec(recipe, model)
+    check_image_size(recipe, model, spec)
     pace = cache(partial(training_seconds, recipe, accelerator))
     train_batches, eval_batches = make_loaders(recipe, spec, train_source, eval_source, layout, accelerator, pace)
     check_batch_of_one(recipe, model, spec, train_batches)
