@@ -389,6 +389,17 @@ class TestChoices:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
         assert default_workers(24) == 3
 
+    def test_images_in_memory_lie_and_are_augmented_on_the_device_of_the_training(self) -> None:
+        loader = train_loader(make_source(10), SPEC, 4, seed=1, device=torch.device("meta"))
+        assert "in memory of meta" in loader.describe()
+        batches = list(loader)
+        assert [batch.images.shape[0] for batch in batches] == [4, 4, 2]
+        assert all(batch.images.device.type == "meta" and batch.targets.is_cpu for batch in batches)
+        photographs = train_loader(
+            make_source(10), SPEC, 4, seed=1, augment=RRC, workers=0, device=torch.device("meta")
+        )
+        assert next(iter(photographs)).images.is_cpu
+
     def test_workers_take_the_part_of_the_cores_that_decoding_takes_of_the_time(self) -> None:
         # 3 ms of a core to decode, 9 ms of eight cores to train: 3 of 75 core-milliseconds, a third of a core
         assert workers_beside(0.003, 0.009, cores=8, on_cpu=True) == 1

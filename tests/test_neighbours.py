@@ -286,7 +286,7 @@ RECIPE = Recipe(
 
 
 class _OneProcess:
-    process_index, num_processes = 0, 1
+    process_index, num_processes, device = 0, 1, torch.device("cpu")
 
 
 def test_a_recipe_with_cs_kd_loads_pairs_of_a_class() -> None:

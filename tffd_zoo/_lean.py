@@ -144,13 +144,18 @@ class _PairedSquaredError(torch.autograd.Function):
 def _differences(teacher: Tensor) -> Tensor:
     """The matrix D with F D = F[:, teacher] - F."""
     channels = len(teacher)
-    return (F.one_hot(teacher, channels) - torch.eye(channels, dtype=torch.int64, device=teacher.device)).mT
+    return _selection(teacher, channels) - torch.eye(channels, dtype=torch.int32, device=teacher.device)
+
+
+def _selection(chosen: Tensor, channels: int) -> Tensor:
+    """The matrix S with F S = F[:, chosen]: F.one_hot without its look at the values."""
+    return (torch.arange(channels, device=chosen.device).unsqueeze(1) == chosen).int()
 
 
 def _take_channels(features: Tensor, channels: Tensor) -> Tensor:
     """features[:, channels] in the layout of `features`, by what is fastest in it: `aten::gather` of `remains`."""
     if _mixes_fast(features):
-        return _mix_channels(features, F.one_hot(channels, features.shape[1]).mT)
+        return _mix_channels(features, _selection(channels, features.shape[1]))
     if not _lies_in_pixels(features) or torch.is_grad_enabled():  # the gradient of gather takes longer than it saves
         return features.index_select(1, channels)
     # index_select would copy to NCHW first, and takes twice as long where the channels lie side by side.

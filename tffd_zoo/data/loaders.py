@@ -153,7 +153,7 @@ class Loader:
         pin = torch.cuda.is_available()
         with closing(self._fetch(self._requests(epoch)[start_batch:])) as requests:
             for batch in self._pool.map(requests):
-                yield batch._replace(images=batch.images.pin_memory()) if pin else batch
+                yield batch._replace(images=batch.images.pin_memory()) if pin and batch.images.is_cpu else batch
 
 
 class _BatchMaker:
@@ -176,14 +176,15 @@ class _BatchMaker:
         self.decoded = decoded
         self.padding = augment.padding_at(spec.input_size[-1])
         self.moves_pixels = augment.crop != "resized" and (self.padding > 0 or augment.hflip > 0)
-        self.normalize = Normalize(spec.mean, spec.std, spec.input_size, memory_format)
+        device = None if decoded is None else decoded.device
+        self.normalize = Normalize(spec.mean, spec.std, spec.input_size, memory_format, device)
         self._choices: tuple[int, CropsAndFlips] | None = None
 
     def __call__(self, request: _Request) -> Batch:
         epoch, positions, weight, rows = request
         stored = self._stored(positions) if rows is None else rows
         if self.decoded is not None:
-            images = self.decoded[positions]
+            images = self.decoded[positions.to(self.decoded.device)]
         else:
             images = torch.stack(
                 [self._transform(epoch, position, stored.decode(i)) for i, position in enumerate(positions.tolist())]
@@ -232,6 +233,7 @@ def train_loader(
     augment: Augment = AUGMENTS["pad_crop_flip"],
     workers: Workers = None,
     in_memory: bool | None = None,
+    device: torch.device | None = None,
     drop_last: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
     pair_classes: bool = False,
@@ -252,6 +254,8 @@ def train_loader(
             are in memory or streamed.
         in_memory: decode everything once, beforehand; None: for small images that take at most 1 GiB decoded, unless
             `augment` resizes at random.
+        device: where images in memory are kept, augmented and handed out, so that at a step their positions travel and
+            no pixels; CPU when not given. Other images come from the CPU.
         drop_last: leave out the last global batch when it is smaller than the others.
         memory_format: layout of the images.
         pair_classes: fill the second half of each batch with partners of the first, partner j another image of the
@@ -323,7 +327,7 @@ def train_loader(
         for request, rows in zip(requests, batches, strict=True):
             yield request._replace(rows=rows)
 
-    decoded = _decode(source, spec, transform, in_memory, workers, world_size, memory_format)
+    decoded = _decode(source, spec, transform, in_memory, workers, world_size, memory_format, device)
     make_batch = _BatchMaker(source, spec, transform, augment, seed, decoded, memory_format)
     workers = _count_workers(make_batch, workers, world_size)
     description = _describe(source, decoded, workers, batch_size, world_size, dropped)
@@ -342,6 +346,7 @@ def eval_loader(
     world_size: int = 1,
     workers: Workers = None,
     in_memory: bool | None = None,
+    device: torch.device | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Loader:
     """Return the evaluation batches of process `rank` of `world_size`: over all processes, every image once.
@@ -360,7 +365,7 @@ def eval_loader(
     )
     share = torch.arange(len(source)).tensor_split(world_size)[rank]
     batches = [_Request(0, positions, 1.0) for positions in share.split(batch_size) if len(positions)]
-    decoded = _decode(source, spec, transform, in_memory, workers, world_size, memory_format)
+    decoded = _decode(source, spec, transform, in_memory, workers, world_size, memory_format, device)
     make_batch = _BatchMaker(source, spec, transform, AUGMENTS["none"], 0, decoded, memory_format)
     workers = _count_workers(make_batch, workers, world_size)
     description = _describe(source, decoded, workers, batch_size, world_size, dropped=0)
@@ -404,12 +409,13 @@ def _decode(
     workers: Workers,
     world_size: int,
     memory_format: torch.memory_format,
+    device: torch.device | None,
 ) -> Tensor | None:
     """Decode the images now if they are to be kept in memory."""
     if isinstance(source, StreamedSource) or not (in_memory or (in_memory is None and _is_small(source, spec))):
         return None
     count = workers if isinstance(workers, int) else default_workers(world_size)
-    return decode_all(source, transform, spec.input_size, memory_format, count)
+    return decode_all(source, transform, spec.input_size, memory_format, count).to(device)
 
 
 def _count_workers(make_batch: _BatchMaker, workers: Workers, world_size: int) -> int:
@@ -447,7 +453,7 @@ def _describe(
     dropped: int,
 ) -> str:
     if decoded is not None:
-        storage = f"in memory ({decoded.numel() / 2**20:.0f} MiB)"
+        storage = f"in memory{'' if decoded.is_cpu else f' of {decoded.device}'} ({decoded.numel() / 2**20:.0f} MiB)"
     else:
         storage = f"decoded by {workers} workers" if workers else "decoded as they are needed"
     text = f"{source.describe()}, {storage}, batches of {batch_size}"

@@ -96,15 +96,18 @@ def pad_crop_flip(images: Tensor, choices: CropsAndFlips, padding: int, padding_
 
     Args:
         images: (B, C, H, W) uint8.
-        choices: one crop and flip per image, (B,) each.
+        choices: one crop and flip per image, (B,) each, on CPU.
         padding: pixels on every side.
         padding_mode: `zeros` or `reflect`.
     """
     height, width = images.shape[-2:]
+    device = images.device
     padded = F.pad(images, [padding] * 4, mode="constant" if padding_mode == "zeros" else padding_mode)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W), a view
-    cropped = windows[torch.arange(len(images)), :, choices.top, choices.left]
-    flipped = choices.flip.nonzero().squeeze(1)
+    cropped = windows[torch.arange(len(images), device=device), :, choices.top.to(device), choices.left.to(device)]
+    flipped = (
+        choices.flip.nonzero().squeeze(1).to(device)
+    )  # counted where the choices are: a device would be waited for
     return cropped.index_copy_(0, flipped, cropped.index_select(0, flipped).flip(3))
 
 
@@ -118,15 +121,21 @@ class Normalize:
         std: likewise.
         size: channels, height, width.
         memory_format: layout of the result; least work where the images have it already.
+        device: where the images are.
     """
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], size: Sequence[int], memory_format: torch.memory_format
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: Sequence[int],
+        memory_format: torch.memory_format,
+        device: torch.device | None = None,
     ) -> None:
         self.memory_format = memory_format
         # whole images, in that layout: broadcasting three numbers over channels_last memory takes four times as long
         self.mean, self.std = (
-            torch.tensor(values).view(1, -1, 1, 1).expand(1, *size).contiguous(memory_format=memory_format)
+            torch.tensor(values).view(1, -1, 1, 1).expand(1, *size).contiguous(memory_format=memory_format).to(device)
             for values in (mean, std)
         )
 

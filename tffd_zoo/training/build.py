@@ -229,6 +229,7 @@ def make_loaders(
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
         "in_memory": data.in_memory,
+        "device": accelerator.device,
         "memory_format": layout,
     }
     augment = dataclasses.replace(AUGMENTS[data.augment], padding_mode=data.padding_mode)
