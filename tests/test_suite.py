@@ -248,10 +248,9 @@ class Colour(nn.Module):
 
     num_classes = 3
 
-    def __init__(self, label_names: tuple[str, ...] = ("red", "green", "blue")) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(5.0))
-        self.pretrained_cfg = {"label_names": label_names}
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         return images
@@ -268,7 +267,7 @@ SPEC = ImageSpec((3, 32, 32), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
 
 
 def colour_subject() -> Subject:
-    return Subject("colour", Colour(), SPEC, batch_size=4)
+    return Subject("colour", Colour(), SPEC, ("red", "green", "blue"), batch_size=4)
 
 
 def write_folder(folder: Path, colours: dict[str, tuple[int, int, int]], count: int = 2) -> None:
@@ -296,7 +295,6 @@ def test_classes_of_another_test_set_are_found_by_name_and_scored_among_themselv
 
 def test_classes_of_imagenet_go_by_wordnet_id_word_and_number(tmp_path: Path) -> None:
     model = timm.create_model("tffd_resnet20", num_classes=1000)
-    model.pretrained_cfg = {}
     subject = Subject("imagenet", model, SPEC)
     for names, expected in (
         (("n01440764", "n01443537"), [0, 1]),
@@ -311,7 +309,6 @@ def test_classes_of_imagenet_go_by_wordnet_id_word_and_number(tmp_path: Path) ->
 def test_the_sample_of_imagenet_is_measured_on_made_shifts_and_real_labels(data_root: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=1000).eval()
-    model.pretrained_cfg = {"label_names": None}
     spec = ImageSpec((3, 64, 64))
     subject = Subject("imagenet", model, spec, batch_size=64)
     sample = open_source(str(data_root / "imagenet1k_sample"), "validation")
@@ -333,6 +330,11 @@ def test_the_sample_of_imagenet_is_measured_on_made_shifts_and_real_labels(data_
     measured = corrupted.measure(subject, folders)
     assert list(measured.samples) == ["fog.3"]
     assert len(measured.problems) == 4  # severities 1, 2, 4 and 5
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="--corruption-images 0 is out of range; choose 1 or more"):
+        SuiteConfig(corruption_images=0)
 
 
 def test_named_data_are_taken_apart() -> None:

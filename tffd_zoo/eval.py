@@ -160,6 +160,14 @@ def _load(name: str, source: ImageSource, state: PartialState, device: torch.dev
     return model, ImageSpec(**resolve_input_data_config(model, use_test_size=True))
 
 
+def _ordered_names(model: nn.Module, source: ImageSource) -> tuple[str, ...] | None:
+    """The names of the logits once :func:`order_logits` has put those of `source` first."""
+    known = label_names(model)
+    if known is None or not set(source.label_names) <= set(known):
+        return known
+    return (*source.label_names, *(label for label in known if label not in source.label_names))
+
+
 def _run_suite(
     config: EvalConfig, models: Sequence[str], source: ImageSource, state: PartialState, device: torch.device
 ) -> None:
@@ -180,6 +188,7 @@ def _run_suite(
             name,
             model,
             spec,
+            _ordered_names(model, source),
             device,
             config.batch_size,
             PRECISIONS[config.precision],

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data import ImageSource, holdout, open_source
+from ..ranges import COUNT, NOT_NEGATIVE, check_ranges
 
 STANDARD = "standard"
 
@@ -53,6 +54,10 @@ class SuiteConfig:
     """Seed of the corruptions, the noise, the few-shot draws and the bootstrap."""
     resamples: int = 1000
     """Draws of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        counts = ("images", "fit_images", "corruption_images", "resamples")
+        check_ranges(self, **dict.fromkeys(counts, COUNT), suite_seed=NOT_NEGATIVE)
 
 
 class Named(NamedTuple):

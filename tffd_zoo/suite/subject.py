@@ -42,6 +42,8 @@ class Subject:
     name: str
     model: nn.Module
     spec: ImageSpec
+    label_names: tuple[str, ...] | None = None
+    """The classes in the order of the logits; None where they have no names."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int = 256
     amp_dtype: torch.dtype | None = None
@@ -55,12 +57,6 @@ class Subject:
         classes = self.model.num_classes
         assert isinstance(classes, int)
         return classes
-
-    @property
-    def label_names(self) -> tuple[str, ...] | None:
-        """The classes' names, where the model's config has them."""
-        names = getattr(self.model, "pretrained_cfg", {}).get("label_names")
-        return tuple(names) if isinstance(names, list | tuple) else None
 
     @property
     def weights_hash(self) -> str:
