@@ -48,6 +48,7 @@ from tffd_zoo.export_record import (
     ALL_FILES,
     CONFIG,
     METRICS,
+    SIGNATURE,
     SUMS,
     ExportInfo,
     file_sha256,
@@ -57,6 +58,7 @@ from tffd_zoo.export_record import (
 from tffd_zoo.json_files import read_json
 from tffd_zoo.models import HubFile, add_release, releases
 from tffd_zoo.models.weights import reason_of
+from tffd_zoo.signing import sign_export
 
 HUB_FILES = {".gitattributes"}
 """What the Hub itself puts into a repository."""
@@ -91,6 +93,8 @@ class PublishConfig:
     """Wall-clock hours of training, for the manifest entry, where the export does not say."""
     add_to_manifest: bool = False
     """Put the entry into this package's manifest, in place of one of the same name."""
+    sign: Path | None = None
+    """Sign what is sent with this private key (elliptic curve, PEM); needs tffd_zoo[sign]."""
     dry_run: bool = False
     """Show what would be sent, and send nothing."""
 
@@ -104,10 +108,14 @@ def main(config: PublishConfig) -> None:
     _check_names(config)
     with tempfile.TemporaryDirectory() as folder:
         info = prepare(config, Path(folder) / "release")
+        if config.sign:
+            sign_export(info.folder, config.sign)
         entry = release_of(info, HubFile(config.repo, NO_COMMIT), config.hours)
         logits = check_weights(info)
         if config.evaluate:
             check_metrics(info, config.evaluate, config.tolerance)
+        else:
+            print(f"not evaluated again: {METRICS} is taken at its word; pass --evaluate DATA to have it checked")
         print(f"{info.name} to {config.repo}, tag {config.tag}{', private' if config.private else ''}:")
         for name, sha256 in _contents(info).items():
             print(f"  {(info.folder / name).stat().st_size:>12,} bytes  {sha256}  {name}")
@@ -281,7 +289,8 @@ def _twin(info: ExportInfo, folder: Path | None) -> Twin | None:
 
 def _contents(info: ExportInfo) -> dict[str, str]:
     """Hash of every file to send."""
-    return {**info.sha256, SUMS: file_sha256(info.folder / SUMS)}
+    unlisted = (name for name in (SUMS, SIGNATURE) if (info.folder / name).exists())
+    return {**info.sha256, **{name: file_sha256(info.folder / name) for name in unlisted}}
 
 
 @torch.inference_mode()

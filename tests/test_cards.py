@@ -161,6 +161,17 @@ def test_our_own_architecture_needs_our_import_and_timms_own_does_not() -> None:
     assert "import tffd_zoo" not in section(render_card(timms), "Load it")
 
 
+def test_the_imagenet_recipe_on_someones_pets_claims_no_imagenet_and_needs_no_import_for_timms_own() -> None:
+    recipe = vary(TFFD, "imagenet-tffd", data={"source": "pets"}).to_dict()
+    config = CONFIG | {"architecture": "mobilenetv3_small_050", "num_classes": 2}
+    card = render_card(CardInfo("mobilenetv3_small_050", "pets", config, recipe, METRICS, repo="org/cats"))
+    dataset = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["dataset"]
+    assert (dataset["type"], dataset["name"]) == ("pets", "pets")
+    assert "imagenet-1k" not in card.lower()
+    assert "in1k" not in card
+    assert "import tffd_zoo" not in section(card, "Load it")
+
+
 def test_the_twin_stands_beside_it_and_one_pair_of_runs_claims_nothing() -> None:
     results = section(render_card(card_info(twin=twin(68.62))), "Results")
     assert "| `tffd_resnet20.ce_c100` |   68.62 |" in results

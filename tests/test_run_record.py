@@ -53,12 +53,13 @@ def test_a_metrics_line_that_a_killed_process_left_unfinished_is_not_read(tmp_pa
         lambda file: file.write_text("{"),
         lambda file: file.write_text("[]\n"),
         lambda file: file.write_text("null\n"),
+        lambda file: file.write_text("{}\n"),
         lambda file: file.write_bytes(b"\x80\xff\n"),
         lambda file: file.write_bytes(bytes(40)),
         lambda file: (file.unlink(), os.mkfifo(file)),
         lambda file: (file.unlink(), file.mkdir()),
     ],
-    ids=["empty", "cut", "a list", "null", "no text", "zeros", "a pipe", "a folder"],
+    ids=["empty", "cut", "a list", "null", "nothing in it", "no text", "zeros", "a pipe", "a folder"],
 )
 @pytest.mark.parametrize("name", ["recipe.json", "environment.json", "data.json", "metrics.jsonl"])
 def test_a_damaged_file_is_named_in_one_line_with_the_mend(

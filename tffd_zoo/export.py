@@ -34,6 +34,7 @@ from .export_record import (
     CARD,
     CONFIG,
     METRICS,
+    SIGNATURE,
     SUMS,
     WEIGHTS,
     ExportInfo,
@@ -43,7 +44,8 @@ from .export_record import (
 from .json_files import read_json
 from .known_data import data_tag, portable, portable_recipe, portable_source
 from .models import tffd_imagenet
-from .run_record import CURVES, ENVIRONMENT, EXPORT, RECIPE, RunRecord, weights_file
+from .run_record import CURVES, DATA, ENVIRONMENT, EXPORT, METRICS_LINES, RECIPE, RunRecord, weights_file
+from .run_record import MEND as MEND_OF_RUN
 from .tasks import method_tag
 
 NOT_TIMMS_WEIGHTS = dict.fromkeys(("origin_url", "paper_name", "paper_ids", "description", "notes"))
@@ -189,6 +191,8 @@ def export_run(
     run = Path(run)
     record = RunRecord.read(run)
     recipe, data = record.recipe, record.data
+    if missing := {"spec", "label_names"} - data.keys():
+        raise ValueError(f"{run / DATA} is damaged (it lacks {', '.join(sorted(missing))}); {MEND_OF_RUN}")
     file = weights_file(run, weights)
     if not (record.evaluations and file.is_file()):
         lacks = file.relative_to(run) if record.evaluations else "finished epoch"
@@ -212,7 +216,7 @@ def export_run(
         raise ValueError(f"{file} does not hold the weights of {recipe['model']}: {_one_line(error)}") from error
     params, macs = model_cost(model, data["spec"]["input_size"])
     metrics = {
-        **EvalResult.from_json(line, prefix).to_json(),
+        **_result_of(line, prefix, run).to_json(),
         "params": params,
         "macs": macs,
         "weights": weights,
@@ -251,6 +255,7 @@ def rewrite_card(folder: Path | str, *, twin: Twin | None = None, repo: str | No
     verify_export(folder)
     with replacing_folder(folder) as aside:
         shutil.copytree(folder, aside, dirs_exist_ok=True)
+        (aside / SIGNATURE).unlink(missing_ok=True)  # it is of the old card
         _write_card(aside, twin=twin, repo=repo)
     return verify_export(folder)
 
@@ -273,6 +278,13 @@ def _write_card(folder: Path, *, twin: Twin | None = None, repo: str | None = No
     )
     (folder / CARD).write_text(card)
     write_sums(folder)
+
+
+def _result_of(line: Mapping[str, Any], prefix: str, run: Path) -> EvalResult:
+    try:
+        return EvalResult.from_json(line, prefix)
+    except ValueError as error:
+        raise ValueError(f"{run / METRICS_LINES}: {error}") from error
 
 
 def _tag_of_run(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> str:

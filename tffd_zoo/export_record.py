@@ -24,8 +24,10 @@ CONFIG = "config.json"
 METRICS = "metrics.json"
 CARD = "README.md"
 SUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"
+"""Over the sums, where it is signed."""
 REQUIRED_FILES = (WEIGHTS, CONFIG, RECIPE, METRICS, CARD)
-ALL_FILES = {*REQUIRED_FILES, ENVIRONMENT, CURVES, SUMS}
+ALL_FILES = {*REQUIRED_FILES, ENVIRONMENT, CURVES, SUMS, SIGNATURE}
 """All that an export may hold. There is no pickle among them."""
 
 AGAIN = "export or download it again"
@@ -109,7 +111,7 @@ def verify_export(folder: Path | str) -> ExportInfo:
             raise ValueError(f"{folder}: {name} is no regular file; {AGAIN}")
         if file_sha256(folder / name) != sha256[name]:
             raise ValueError(f"{folder}: {name} is not the file that was exported (its sha256 differs); export again")
-    strangers = {path.name for path in folder.iterdir()} - {*sha256, SUMS}
+    strangers = {path.name for path in folder.iterdir()} - {*sha256, SUMS, SIGNATURE}
     if strangers:
         raise ValueError(f"{folder} holds {', '.join(sorted(strangers))}, no part of the export; move it elsewhere")
 
@@ -203,5 +205,5 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 def write_sums(folder: Path) -> None:
     """Write `SHA256SUMS` over all other files of `folder`; `sha256sum -c SHA256SUMS` checks it too."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    names = sorted(path.name for path in folder.iterdir() if path.name not in (SUMS, SIGNATURE))
     (folder / SUMS).write_text("".join(f"{file_sha256(folder / name)}  {name}\n" for name in names))

@@ -19,10 +19,21 @@ from torch import nn
 from . import models  # noqa: F401 (registers the zoo's architectures with timm)
 from .data import ImageSource, TrainSource
 from .data.image_source import some_of
-from .export_record import AGAIN, CONFIG, SUMS, WEIGHTS, file_sha256, is_of_this_package, read_sums, verify_export
+from .export_record import (
+    AGAIN,
+    CONFIG,
+    SIGNATURE,
+    SUMS,
+    WEIGHTS,
+    file_sha256,
+    is_of_this_package,
+    read_sums,
+    verify_export,
+)
 from .json_files import read_json
 from .models.manifest import releases
 from .models.weights import reason_of
+from .signing import check_signature
 
 _logger = logging.getLogger(__name__)
 
@@ -126,6 +137,8 @@ def _verify_folder(name: str, folder: Path) -> None:
     """
     if (folder / SUMS).exists():
         verify_export(folder)
+        signature = folder / SIGNATURE
+        check_signature(name, folder / SUMS, signature if signature.exists() else None)
         return
     for file in (folder / CONFIG, folder / WEIGHTS):
         if file.exists() and not file.is_file():
@@ -162,13 +175,19 @@ def _verify_download(name: str, model_id: str) -> None:
     except EntryNotFoundError:
         return
     try:
-        sums = read_sums(Path(hf_hub_download(repo, SUMS, revision=revision)).parent) if ours else None
+        sums_file = Path(hf_hub_download(repo, SUMS, revision=revision)) if ours else None
     except EntryNotFoundError:
-        sums = None
-    if sums is None:
+        sums_file = None
+    if sums_file is None:
         if is_of_this_package(weights):
             _say_unchecked(name)
         return
+    try:
+        signature = Path(hf_hub_download(repo, SIGNATURE, revision=revision))
+    except EntryNotFoundError:
+        signature = None
+    check_signature(name, sums_file, signature)
+    sums = read_sums(sums_file.parent)
     for path in (config, weights):
         if file_sha256(path) != sums.get(path.name):
             raise ValueError(

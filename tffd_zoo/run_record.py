@@ -6,7 +6,7 @@ The one reader of a run, for exports, curves, studies and their reports; `traini
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,12 @@ CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
 EXPORT = "export"
 
+KEYS = {
+    RECIPE: ("name", "model", "data", "optim", "run"),
+    ENVIRONMENT: ("device", "packages"),
+    DATA: ("source", "revision", "eval"),
+}
+"""What every run's records have."""
 MEND = "restore it from a copy, or remove the folder of the run and start it again"
 SHARE = "grad_ratio/"
 
@@ -48,7 +54,7 @@ class RunRecord:
         for name in (RECIPE, ENVIRONMENT, DATA, METRICS_LINES):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} holds no record of a run: it has no {name}")
-        recipe, environment, data = (read_json(folder / name, MEND) for name in (RECIPE, ENVIRONMENT, DATA))
+        recipe, environment, data = (_read(folder / name, keys) for name, keys in KEYS.items())
         return cls(recipe, environment, data, tuple(read_metrics(folder / METRICS_LINES)))
 
     @classmethod
@@ -116,6 +122,14 @@ class RunRecord:
                 if name.startswith(SHARE):
                     found.setdefault(name.removeprefix(SHARE), []).append((line["epoch"], value))
         return found
+
+
+def _read(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Read a record that has to have `keys`."""
+    record = read_json(path, MEND)
+    if missing := [key for key in keys if key not in record]:
+        raise ValueError(f"{path} is damaged (it lacks {', '.join(missing)}); {MEND}")
+    return record
 
 
 def weights_file(run: Path, which: str) -> Path:
