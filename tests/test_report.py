@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_records import PLAIN, TFFD, write_run
 
-from recipes.studies.report import Published, Row, Study, collect, index_text, report_text, write_report
+from recipes.studies.report import Published, Row, Study, changes, collect, index_text, report_text, write_report
 from recipes.studies.report.statistics import estimate, interval_factor, paired_differences
 from tffd_zoo.recipe import vary
 from tffd_zoo.tasks import CANONICAL, TeacherConfig
@@ -269,3 +269,15 @@ def test_a_twin_or_teacher_is_a_row_before(role: str) -> None:
         Study("s", "?", PLAIN, (Row("plain", ""), Row("worse", "", **{role: "tffd"}), Row("tffd", "")))
     with pytest.raises(ValueError, match="two rows named plain"):
         Study("s", "?", PLAIN, (Row("plain", ""), Row("plain", "")))
+
+
+def test_a_record_from_before_a_field_was_renamed_is_still_of_the_same_run(tmp_path: Path) -> None:
+    recorded = STUDY.recipe("tffd").to_dict()
+    recorded["optim"]["warmup_epochs"] = recorded["optim"].pop("lr_warmup_epochs")
+    recorded["tffd"]["repair_every"] = recorded["tffd"].pop("rank_every")
+    recorded["tffd"]["warmup"] = recorded["tffd"].pop("warmup_fraction")
+    assert changes(STUDY.recipe("tffd").to_dict(), recorded) == []
+    recorded["tffd"]["warmup"] = 0.5
+    assert [line.split(":")[0] for line in changes(STUDY.recipe("tffd").to_dict(), recorded)] == [
+        "tffd.warmup_fraction"
+    ]

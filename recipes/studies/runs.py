@@ -11,6 +11,7 @@ from tffd_zoo.recipe import Recipe, differences, vary
 from tffd_zoo.run_record import METRICS_LINES, read_metrics, read_recipe
 
 from .report import Row, Study, changes, read_record, record_file
+from .report.records import with_names_of_today
 from .report.study import taught_by
 
 RUNS = Path("runs")
@@ -79,7 +80,7 @@ class Run:
         """Where a run of another recipe has the place of this one, and in which fields it differs; empty if none."""
         recipe, found = self.recipe.to_dict(), []
         started = read_recipe(self.folder)
-        if started and (fields := differences(recipe, started)):
+        if started and (fields := differences(recipe, with_names_of_today(started))):
             found.append(f"{self.folder} holds a run of another recipe ({'; '.join(fields)})")
         if self.record.exists() and (fields := changes(recipe, read_record(self.record).recipe)):
             found.append(f"{self.record} is the record of another recipe ({'; '.join(fields)})")

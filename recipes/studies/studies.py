@@ -557,23 +557,5 @@ DIGITS = Study(
     seeds=(0, 1),
 )
 
-STUDIES = {
-    study.name: study
-    for study in (
-        PILOT,
-        SALIENCE,
-        LOSSES,
-        TEACHERS,
-        PLUS,
-        REGULARISERS,
-        NEIGHBOURS,
-        ABLATIONS,
-        BUDGET,
-        TFFD20,
-        TFFD18,
-        ZOO,
-        FINETUNE_COARSE,
-        FINETUNE_DIGITS,
-        DIGITS,
-    )
-}
+STUDIES = {study.name: study for study in [*globals().values()] if isinstance(study, Study)}
+"""All of the above."""

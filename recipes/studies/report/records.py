@@ -86,7 +86,7 @@ def changes(recipe: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]
 
     Places count for nothing: they have other names on every machine, and the record's data says which images they were.
     """
-    return differences(_placeless(recipe), _placeless(_with_names_of_today(recorded)))
+    return differences(_placeless(recipe), _placeless(with_names_of_today(recorded)))
 
 
 RENAMED = {
@@ -97,7 +97,9 @@ RENAMED = {
 """Fields that had another name, and the same meaning, when the older records were made."""
 
 
-def _with_names_of_today(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def with_names_of_today(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded recipe, its fields called what they are called now."""
+
     def renamed(section: str, names: Mapping[str, str]) -> dict[str, Any] | None:
         values = recipe.get(section)
         return values and {names.get(field, field): value for field, value in values.items()}
