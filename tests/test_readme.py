@@ -45,7 +45,7 @@ def test_every_link_of_a_page_leads_to_a_file() -> None:
 @pytest.mark.skipif(shutil.which("git") is None, reason="git applies the diffs")
 def test_the_changes_that_contributing_shows_apply(tmp_path: Path) -> None:
     diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
-    assert len(diffs) == 4
+    assert len(diffs) == 6
     for diff in diffs:
         for file in re.findall(r"^\+\+\+ b/(.*)$", diff, flags=re.MULTILINE):
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
