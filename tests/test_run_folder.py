@@ -213,6 +213,11 @@ def test_no_file_of_a_checkpoint_runs_code_even_if_its_hash_is_right(name: str, 
     assert not (tmp_path / "run code").exists()
 
 
+def test_a_checkpoint_may_come_before_the_first_line_of_figures(tmp_path: Path) -> None:
+    train(recipe(tmp_path, tffd=None, run={"max_steps": 3, "checkpoint_every": 2, "log_every": 100}))
+    assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
+
+
 def test_weights_and_figures_of_different_steps_are_not_exported(stopped: Path, tmp_path: Path) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
     export_run(run)

@@ -185,7 +185,9 @@ class RunFolder:
                 self.accelerator.save_state(str(aside), safe_serialization=True)
                 self.accelerator.wait_for_everyone()
                 if self.accelerator.is_main_process:
-                    sync(self.metrics_file)  # no checkpoint is newer than the figures
+                    if self.metrics_file.exists():  # no checkpoint is newer than the figures
+                        sync(self.metrics_file)
+                    sync(self.path)
                     about = {"step": step, "processes": self.accelerator.num_processes, "recipe": self.recipe.to_dict()}
                     write_json(aside / CHECKPOINT, {**about, "data": self.data, "sha256": _hashes(aside)})
             except (
