@@ -7,7 +7,8 @@ of a distributed run agree. Scores can tie (dead channels do), and telling ties 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -31,7 +32,7 @@ def lp(features: Tensor, p: int = 2) -> Tensor:
     Raises:
         ValueError: if `p` is neither 1 nor 2.
     """
-    return _sum_lp(features, p) / features.shape[0]
+    return _lp_of_maps(features, p).mean(0)
 
 
 @torch.no_grad()
@@ -41,14 +42,14 @@ def spread(features: Tensor) -> Tensor:
     On the non-negative maps that follow a ReLU it is high where activation is spread over the map and low where it is
     concentrated, whatever its size. A map of zeros counts 0. Tf-FD's published code ranks by it.
     """
-    return _sum_spread(features) / features.shape[0]
+    return _spread_of_maps(features).mean(0)
 
 
 @torch.no_grad()
 def entropy(features: Tensor, bins: int = 10) -> Tensor:
     """Entropy, in nats, of a channel's activations in equal bins from their minimum to their maximum.
 
-    H_c = -sum_b p_b ln p_b, where p_b is the share of the channel's N H W activations in bin b. A constant channel
+    H_c = -sum_b p_b ln p_b, where p_b is the part of the channel's N H W activations in bin b. A constant channel
     has entropy 0.
 
     Adapted from Meng et al., "Filter Grafting for Deep Neural Networks", CVPR 2020, which bins weights.
@@ -69,7 +70,7 @@ def hrank(features: Tensor) -> Tensor:
 
     Source: Lin et al., "HRank: Filter Pruning using High-Rank Feature Map", CVPR 2020.
     """
-    return _sum_hrank(features) / features.shape[0]
+    return _rank_of_maps(features).mean(0)
 
 
 @torch.no_grad()
@@ -137,13 +138,8 @@ def stage_salience(
 
     if metric == "entropy":
         return _stage_entropy(features)
-    if metric == "lp":
-        sums = [_sum_lp(feature, p) for feature in features]
-    elif metric == "spread":
-        sums = [_sum_spread(feature) for feature in features]
-    else:
-        sums = [_sum_hrank(feature) for feature in features]
-    return _mean_over_processes(sums, features[0].shape[0])
+    score = partial(_lp_of_maps, p=p) if metric == "lp" else OF_MAPS[metric]
+    return _mean_over_processes([score(feature).sum(0) for feature in features], features[0].shape[0])
 
 
 def _first_of_whole_batch(features: Sequence[Tensor], images: int) -> list[Tensor]:
@@ -181,24 +177,32 @@ def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-# --- sums over the samples of one process: (N, C, H, W) -> (C,) -------------------------------------------------------
+# --- scores of single maps: (N, C, H, W) -> (N, C), float32 -----------------------------------------------------------
 
 
-def _sum_lp(features: Tensor, p: int) -> Tensor:
+def _lp_of_maps(features: Tensor, p: int = 2) -> Tensor:
     if p == 1:
-        return features.float().abs().sum((2, 3)).sum(0)
+        return features.float().abs().sum((2, 3))
     if p == 2:
-        return _lean.map_norms(features).sum(0)
+        return _lean.map_norms(features)
     raise ValueError(f"salience 'lp' knows p=1 and p=2, not p={p}")
 
 
-def _sum_spread(features: Tensor) -> Tensor:
+def _spread_of_maps(features: Tensor) -> Tensor:
     # mean(F / ||F||) = mean(F) / ||F||: no normalised copy. The bound keeps a map of zeros at 0, as F.normalize does.
-    return (features.mean((2, 3), dtype=torch.float32) / _lean.map_norms(features).clamp_min(1e-12)).sum(0)
+    return features.mean((2, 3), dtype=torch.float32) / _lean.map_norms(features).clamp_min(1e-12)
 
 
-def _sum_hrank(features: Tensor) -> Tensor:
-    return torch.linalg.matrix_rank(features.float()).sum(0, dtype=torch.float32)
+def _rank_of_maps(features: Tensor) -> Tensor:
+    return torch.linalg.matrix_rank(features.float()).float()
+
+
+OF_MAPS: dict[SalienceMetric, Callable[[Tensor], Tensor]] = {
+    "lp": _lp_of_maps,
+    "spread": _spread_of_maps,
+    "hrank": _rank_of_maps,
+}
+"""The metrics that are the mean of a score that every map of a channel has."""
 
 
 # --- histograms -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,6 @@ from ..schedules import LossWeight
 from ..stages import Stages, find_stages, stage_activations, stage_norms
 from .base import DistillationTask, Objective, View, Weight
 from .method import Method, Setting
-
-SALIENCE_METRICS = ("lp", "spread", "entropy", "bn_scale", "hrank")
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ class TfFDConfig(Method):
             raise ValueError(f"salience_momentum is {self.salience_momentum}; give a number in [0, 1)")
         if self.rank_every < 1:
             raise ValueError(f"rank_every is {self.rank_every}; give 1 or more batches")
-        if self.salience not in SALIENCE_METRICS:
-            raise ValueError(f"unknown salience '{self.salience}'; choose one of {', '.join(SALIENCE_METRICS)}")
+        if self.salience not in get_args(SalienceMetric):
+            raise ValueError(f"unknown salience '{self.salience}'; choose one of {', '.join(get_args(SalienceMetric))}")
         for loss in (self.intra_loss, self.inter_loss):
             if loss not in FEATURE_LOSSES:
                 raise ValueError(f"unknown feature loss '{loss}'; choose one of {', '.join(FEATURE_LOSSES)}")
