@@ -32,7 +32,7 @@ from .atomic import replacing_folder
 from .cli import run_cli
 from .data import ImageSource, ImageSpec, eval_loader, open_source
 from .known_data import portable_source
-from .loading import check_model_name, load_model, number_classes
+from .loading import check_model_name, load_model, number_classes, temperature_of
 from .markdown import markdown_table
 
 Classify = Callable[[np.ndarray], np.ndarray]
@@ -158,6 +158,7 @@ def deploy(
     _check_replaceable(folder)
     model = load_model(name).eval()
     test = number_classes(name, model, test)
+    temperature = temperature_of(name)
     spec = ImageSpec(**resolve_input_data_config(model, use_test_size=True))
     chosen = torch.linspace(0, len(train) - 1, min(calibration_images, len(train))).long()
     calibration = [batch.images.numpy() for batch in eval_loader(train.subset(chosen), spec, BATCH)]
@@ -175,10 +176,11 @@ def deploy(
         }
         for precision, suffix in PRECISIONS.items():
             files.save_onnx(networks[precision], aside / "onnx" / f"{NETWORK}{suffix}.onnx", metadata)
-            classifier = files.with_preprocessing(networks[precision], preprocessing)
+            classifier = files.with_preprocessing(networks[precision], preprocessing, temperature)
             files.save_onnx(classifier, aside / "onnx" / f"{CLASSIFIER}{suffix}.onnx", metadata)
         files.save_program(program, aside / f"{NETWORK}.pt2", metadata)
-        files.save_program(files.export_classifier(model, spec), aside / f"{CLASSIFIER}.pt2", metadata)
+        classifier_program = files.export_classifier(model, spec, temperature)
+        files.save_program(classifier_program, aside / f"{CLASSIFIER}.pt2", metadata)
 
         record = {
             "model": metadata["model"],
@@ -186,6 +188,7 @@ def deploy(
             "license": metadata["license"],
             "labels": json.loads(metadata["labels"]),
             "input": asdict(spec),
+            "temperature": temperature,
             "batch": "dynamic",
             "opset": files.OPSET,
             "ir_version": network.ir_version,
@@ -204,7 +207,7 @@ def deploy(
             },
             "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
             "timings": timings,
-            **_measure(model, test, spec, aside, timings),
+            **_measure(model, test, spec, temperature, aside, timings),
         }
         check_close(record)
         (aside / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -235,13 +238,15 @@ def _metadata(name: str, model: nn.Module, source: ImageSource, spec: ImageSpec)
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _measure(model: nn.Module, test: ImageSource, spec: ImageSpec, folder: Path, timings: int) -> dict[str, Any]:
+def _measure(
+    model: nn.Module, test: ImageSource, spec: ImageSpec, temperature: float, folder: Path, timings: int
+) -> dict[str, Any]:
     """Evaluate and time PyTorch and every file of `folder` on the same images."""
     loader = eval_loader(test, spec, BATCH)
     pixels = [batch.images.numpy() for batch in loader]
     with torch.inference_mode():
         logits = torch.cat([model(torch.from_numpy(batch)) for batch in pixels])
-    expected = {"logits": logits, "probabilities": logits.softmax(dim=-1)}
+    expected = {"logits": logits, "probabilities": (logits / temperature).softmax(dim=-1)}
 
     def latency(open_with: Callable[[int], Classify], one: np.ndarray) -> dict[str, float]:
         return {str(threads): _median_ms(open_with(threads), one, timings) for threads in THREADS}
@@ -396,7 +401,8 @@ ONNX Runtime {versions["onnxruntime"]} and PyTorch {versions["torch"]} on {recor
 - `{NETWORK}*` take `pixel_values`, (batch, 3, {height}, {width}) float32: images resized ({spec["interpolation"]}) to a
   shorter side of {shorter_side}, their centre cropped, values in [0, 1] normalised by mean {list(spec["mean"])} and
   std {list(spec["std"])}. They give `logits`.
-- `{CLASSIFIER}*` take `images`, (batch, height, width, 3) uint8, RGB, of any one size, and give `probabilities`.
+- `{CLASSIFIER}*` take `images`, (batch, height, width, 3) uint8, RGB, of any one size, and give `probabilities`: the
+  softmax of the logits over the temperature {record["temperature"]:g}.
 - Class names are in the metadata (`labels`, JSON): `get_modelmeta().custom_metadata_map` of an ONNX Runtime session,
   `extra_files` of `torch.export.load`. `{RECORD}` has them too, and all figures.
 - float16 keeps its input and output in float32. int8: weights per channel in {calibration["weight_bits"]} bits,

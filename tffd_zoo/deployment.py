@@ -80,11 +80,17 @@ class Preprocess(nn.Module):
         return half + odd * (half % 2) + torch.arange(self.crop)
 
 
-class Classifier(nn.Sequential):
-    """Images to probabilities: `Preprocess`, the network, softmax."""
+class Classifier(nn.Module):
+    """Images to probabilities: `Preprocess`, the network, softmax of the logits over `temperature`."""
 
-    def __init__(self, network: nn.Module, spec: ImageSpec) -> None:
-        super().__init__(Preprocess(spec), network, nn.Softmax(dim=-1))
+    def __init__(self, network: nn.Module, spec: ImageSpec, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.preprocess = Preprocess(spec)
+        self.network = network
+        self.temperature = temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.network(self.preprocess(images)) / self.temperature).softmax(dim=-1)
 
 
 # --- torch.export -----------------------------------------------------------------------------------------------------
@@ -95,9 +101,9 @@ def export_network(network: nn.Module, spec: ImageSpec) -> ExportedProgram:
     return _export(network, torch.zeros(2, *spec.input_size), {0: Dim("batch")})
 
 
-def export_classifier(network: nn.Module, spec: ImageSpec) -> ExportedProgram:
+def export_classifier(network: nn.Module, spec: ImageSpec, temperature: float = 1.0) -> ExportedProgram:
     """The network with preprocessing and softmax, for images of any one size."""
-    return _export_images(Classifier(network, spec))
+    return _export_images(Classifier(network, spec, temperature))
 
 
 def export_preprocessing(spec: ImageSpec) -> ExportedProgram:
@@ -197,13 +203,17 @@ class _Calibration(CalibrationDataReader):
         return None if batch is None else {PIXELS: batch}
 
 
-def with_preprocessing(network: onnx.ModelProto, preprocessing: onnx.ModelProto) -> onnx.ModelProto:
-    """The classifier: `preprocessing`, then `network`, then softmax."""
+def with_preprocessing(
+    network: onnx.ModelProto, preprocessing: onnx.ModelProto, temperature: float = 1.0
+) -> onnx.ModelProto:
+    """The classifier: `preprocessing`, then `network`, then softmax of the logits over `temperature`."""
     first = onnx.compose.add_prefix(preprocessing, "preprocess/", rename_inputs=False, rename_outputs=False)
     first.ir_version = network.ir_version
     merged = onnx.compose.merge_models(first, network, io_map=[(PIXELS, PIXELS)])
     graph = merged.graph
-    graph.node.append(onnx.helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=-1))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(temperature), "temperature"))
+    graph.node.append(onnx.helper.make_node("Div", [LOGITS, "temperature"], ["scaled_logits"]))
+    graph.node.append(onnx.helper.make_node("Softmax", ["scaled_logits"], [PROBABILITIES], axis=-1))
     graph.output[0].name = PROBABILITIES
     onnx.checker.check_model(merged)
     return merged
