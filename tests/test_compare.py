@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -334,26 +335,31 @@ def test_a_study_or_recipe_that_does_not_exist_is_refused_with_those_that_do() -
         compare.main(CompareConfig("trial", run="tffd"), {"trial": STUDY})
 
 
-def test_a_study_is_stopped_resumed_and_reported_by_one_command(tmp_path: Path) -> None:
+def test_a_study_is_stopped_resumed_and_reported_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(compare.__file__).parents[2])
     # 57 images are left to train on.
-    study = ["digits", "--output", str(tmp_path), "--epochs", "3", "--seeds", "0", "--holdout", "1380", "--jobs", "2"]
-    command = [sys.executable, "-m", "recipes.studies.compare", *study]
-    root = Path(compare.__file__).parents[2]
+    config = CompareConfig("digits", output=tmp_path, epochs=2, seeds=(0,), holdout=1380, jobs=2)
     metrics = [tmp_path / f"{name}-tffd_resnet20-s0" / "metrics.jsonl" for name in ("digits-plain", "digits-share")]
 
-    stopped = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
-    while stopped.poll() is None and not any(file.exists() for file in metrics):
-        time.sleep(0.02)
-    stopped.terminate()
-    out = stopped.communicate()[0]
-    assert stopped.returncode == 128 + signal.SIGTERM
-    assert "stopped after" in out
+    def stop_once_one_has_begun() -> None:
+        while not any(file.exists() for file in metrics):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    resumed = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
+    Thread(target=stop_once_one_has_begun, daemon=True).start()
+    with pytest.raises(SystemExit) as left:
+        compare.main(config)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert "stopped after" in capsys.readouterr().out
+
+    compare.main(config)
+    resumed = capsys.readouterr().out
     assert "resuming" in resumed
     assert "0 failed" in resumed
     for file in metrics:
-        assert [line["epoch"] for line in read_metrics(file) if line["kind"] == "eval"] == [1, 2, 3]
+        assert [line["epoch"] for line in read_metrics(file) if line["kind"] == "eval"] == [1, 2]
 
     compare.main(CompareConfig("digits", report=True, output=tmp_path))
     page = (tmp_path / "results" / "digits" / "README.md").read_text()
