@@ -74,10 +74,10 @@ function preview(bitmap) {
   find("drop").classList.add("full");
 }
 
-async function classify(blob) {
+async function classify(blob, label = null) {
   const number = ++latest;
   const student = byName.get(find("try-student").value);
-  current = blob;
+  current = [blob, label];
   try {
     let image;
     try {
@@ -92,7 +92,7 @@ async function classify(blob) {
     const start = performance.now();
     const probabilities = await run(session, image.pixels, image.shape);
     if (number !== latest) return;
-    answer(student, probabilities, performance.now() - start);
+    answer(student, probabilities, performance.now() - start, label);
   } catch (error) {
     if (number !== latest) return;
     find("answers").replaceChildren();
@@ -101,7 +101,7 @@ async function classify(blob) {
   }
 }
 
-function answer(student, probabilities, milliseconds) {
+function answer(student, probabilities, milliseconds, label) {
   const best = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, 5);
   find("answers").replaceChildren(...best.map((index) => {
     const share = 100 * probabilities[index];
@@ -111,11 +111,12 @@ function answer(student, probabilities, milliseconds) {
       make("span", {}, readable(student.labels[index])), make("span", { class: "number" }, `${share.toFixed(1)} %`),
       make("div", { class: "bar", "aria-hidden": "true" }, bar));
   }));
-  tell(`${student.name}, int8, in ${milliseconds < 10 ? milliseconds.toFixed(1) : milliseconds.toFixed(0)} ms. It knows ${student.labels.length} classes at ${student.pixels} \u00d7 ${student.pixels} pixels, and names one of them whatever it is shown.`);
+  const truth = label ? `Its label is ${readable(label)}. ` : "";
+  tell(`${truth}${student.name}, int8, in ${milliseconds < 10 ? milliseconds.toFixed(1) : milliseconds.toFixed(0)} ms. It knows ${student.labels.length} classes at ${student.pixels} \u00d7 ${student.pixels} pixels, and names one of them whatever it is shown.`);
 }
 
 for (const student of shownFirst()) find("try-student").append(make("option", {}, student.name));
-find("try-student").addEventListener("input", () => { if (current) classify(current); });
+find("try-student").addEventListener("input", () => { if (current) classify(...current); });
 find("file").addEventListener("change", ({ target }) => {
   if (target.files.length) classify(target.files[0]);
   target.value = "";
@@ -132,6 +133,6 @@ const showcase = students[0];
 for (const { file, label } of showcase.samples) {
   const source = `${showcase.folder}/${file}`;
   const button = make("button", { type: "button", title: readable(label) }, make("img", { src: source, alt: readable(label) }));
-  button.addEventListener("click", async () => classify(await (await fetch(source)).blob()));
+  button.addEventListener("click", async () => classify(await (await fetch(source)).blob(), label));
   find("samples").append(button);
 }

@@ -19,7 +19,7 @@ const kindOf = (student) => (student.method === "cross-entropy" ? "theirs" : "ou
 const COLUMNS = [
   { key: "name", title: "Weights", value: (s) => s.name },
   { key: "method", title: "Trained with", value: (s) => s.method },
-  { key: "top1", title: "Top-1\u00a0%", value: (s) => s.top1, show: percent },
+  { key: "top1", title: "Top\u20111\u00a0%", value: (s) => s.top1, show: percent },
   { key: "gain", title: "Gain", value: (s) => s.gain?.mean ?? null, cell: gainCell },
   { key: "params", title: "Params, M", value: (s) => s.params / 1e6, show: percent },
   { key: "macs", title: "Multiply-adds, M", value: (s) => s.macs / 1e6, show: (v) => v.toFixed(1) },
