@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tffd_zoo.data import ImageSource, ImageSpec, open_source
 from tffd_zoo.deploy import check_close, deploy, summary, table
-from tffd_zoo.deployment import Preprocess
+from tffd_zoo.deployment import Classifier, Preprocess
 
 pytestmark = pytest.mark.xdist_group("node")  # one process installs npm's packages, and makes what the tests share
 
@@ -94,6 +94,14 @@ def test_preprocessing_is_pillows_but_for_a_grey_level_here_and_there(interpolat
 def test_what_cannot_be_put_into_a_file_is_said() -> None:
     with pytest.raises(ValueError, match="crop mode squash, to 32 x 32 pixels cannot be put into a file"):
         Preprocess(ImageSpec((3, 32, 32), crop_mode="squash"))
+
+
+def test_a_temperature_divides_the_logits(model: nn.Module) -> None:
+    image = picture(16, 16)
+    classify = Classifier(model, ImageSpec.from_model(model), temperature=2.0)
+    with torch.inference_mode():
+        found = classify(torch.tensor(np.asarray(image))[None])
+    torch.testing.assert_close(found, (by_timm(model, [image]) / 2).softmax(dim=1))
 
 
 # --- the files --------------------------------------------------------------------------------------------------------
