@@ -312,8 +312,9 @@ def test_models_that_want_the_same_images_share_them(
     monkeypatch.setattr(
         tffd_zoo.eval, "eval_loader", lambda *args, **kw: made.append(eval_loader(*args, **kw)) or made[-1]
     )
-    name = f"local-dir:{student}"
-    main(EvalConfig(models=(name, name), data=str(photos), split="validation", device="cpu", json=tmp_path / "figures"))
+    subprocess.run(["cp", "-r", str(student), str(tmp_path / "copy")], check=True)
+    names = (f"local-dir:{student}", f"local-dir:{tmp_path / 'copy'}")
+    main(EvalConfig(models=names, data=str(photos), split="validation", device="cpu", json=tmp_path / "figures"))
     first, second = json.loads((tmp_path / "figures").read_text())
     assert len(made) == 1
     assert first["correct1"] == second["correct1"]
