@@ -58,8 +58,8 @@ SECTIONS = (
         ("mean", "extra_mean", "images", "corrupted_images"),
         "Mean top-1 over the 15 kinds of CIFAR-C at 5 severities, and over the 4 extra ones; the CSV has all 95. "
         "*Generated* images follow the published definitions with other random numbers and are not the published "
-        "arrays; with stand-ins for frost, the kind `frost`, one of the 15, is not comparable to any other source's. Of 100 images "
-        "a cell of the picture is known to about 10 points, the mean to about 8.",
+        "arrays; with stand-ins for frost, the kind `frost`, one of the 15, is not comparable to any other source's. "
+        "Of 100 images a cell of the picture is known to about 10 points, the mean to about 8.",
     ),
     Section(
         "duplicates",
@@ -74,8 +74,8 @@ SECTIONS = (
         "Unknown images",
         (),
         "AUROC (50: chance) and FPR95, percent, for three scores: highest softmax probability, energy, distance to the "
-        "50th nearest training feature. Below 50 the network is surer of the unknown images than of its own, as it can be "
-        "of noise. A sample of ImageNet holds classes that CIFAR-100 has too, so no score can reach 100 there.",
+        "50th nearest training feature. Below 50 the network is surer of the unknown images than of its own, as it can "
+        "be of noise. A sample of ImageNet holds classes that CIFAR-100 has too, so no score can reach 100 there.",
     ),
     Section(
         "transfer",
