@@ -500,8 +500,8 @@ def pair(
     return plain, Row(f"zoo-{network}", "and Tf-FD", ours, plain.name, published=tffd, seeds=seeds)
 
 
-ZOO = Study(
-    "zoo",
+STUDENTS = Study(
+    "students",
     "what do the zoo's students reach, and what does Tf-FD give them?",
     vary(train_cifar100.ZOO_PLAIN, "zoo", run=ALIKE),
     (
