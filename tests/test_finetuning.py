@@ -35,15 +35,18 @@ def recipe(**changes: Any) -> Recipe:
 
 def test_the_body_has_the_released_weights_and_the_head_fits_the_data() -> None:
     released = timm.create_model("tffd_resnet20.ce_c100", pretrained=True).state_dict()
-    model = make_network(BASE, num_classes=10)
+    model = make_network(BASE, [f"digit {i}" for i in range(10)])
     for name, tensor in model.state_dict().items():
         if name.startswith("head."):
             assert tensor.shape[0] == 10
         else:
             assert torch.equal(tensor, released[name]), name
-    same_classes = make_network(BASE, num_classes=100)
+    its_classes = timm.create_model("tffd_resnet20.ce_c100", pretrained=True).pretrained_cfg["label_names"]
+    same_classes = make_network(BASE, its_classes)
     assert all(torch.equal(tensor, released[name]) for name, tensor in same_classes.state_dict().items())
-    fresh = make_network(recipe(pretrained=False, model="tffd_resnet20"), num_classes=10)
+    as_many_others = make_network(BASE, [f"another {name}" for name in its_classes])
+    assert not torch.equal(as_many_others.state_dict()["head.fc.weight"], released["head.fc.weight"])
+    fresh = make_network(recipe(pretrained=False, model="tffd_resnet20"), its_classes[:10])
     assert not torch.equal(fresh.state_dict()["stem.conv.weight"], released["stem.conv.weight"])
 
 

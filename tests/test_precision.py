@@ -16,7 +16,6 @@ from tffd_zoo.training.precision import Settled, settle_precision
 
 BASE = Recipe(
     name="test",
-    tag="digits",
     model="tffd_resnet20",
     data=DataConfig(source="digits", image_size=8),
     optim=OptimConfig(epochs=10, batch_size=16, lr=0.05, weight_decay=5e-4),

@@ -37,7 +37,7 @@ from ..data.image_source import some_of
 from ..data.loaders import Workers
 from ..data.memory import AUGMENTS
 from ..data.workers import workers_beside
-from ..loading import check_architecture, check_model_name, load_model, order_logits
+from ..loading import check_architecture, check_model_name, label_names, load_model, order_logits
 from ..recipe import DataConfig, Recipe
 from ..stages import find_stages, stage_activations
 from ..tasks import DistillationTask, Setting, TeacherConfig
@@ -136,11 +136,19 @@ def check_network(recipe: Recipe) -> None:
         )
 
 
-def make_network(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The network to train: with fresh weights, or with its released ones and a new head where the classes differ."""
-    if recipe.pretrained:
-        return load_model(recipe.model, num_classes)
-    return create_model(recipe.model, num_classes=num_classes)
+def make_network(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
+    """The network to train: with fresh weights, or with its released ones and a new head where the classes differ.
+
+    Args:
+        recipe: names the model.
+        classes: names of the classes to learn; as many others are other classes.
+    """
+    if not recipe.pretrained:
+        return create_model(recipe.model, num_classes=len(classes))
+    model: Any = load_model(recipe.model, len(classes))
+    if label_names(model) not in (None, tuple(classes)):
+        model.reset_classifier(len(classes))
+    return model
 
 
 def freeze_layers(model: nn.Module, groups: int) -> None:

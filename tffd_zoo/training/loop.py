@@ -87,7 +87,7 @@ def train(recipe: Recipe) -> Path:
 
     # --- batches, model and task --------------------------------------------------------------------------------------
     with accelerator.main_process_first():  # one process downloads, the others find it there
-        model = make_network(recipe, train_source.num_classes)
+        model = make_network(recipe, train_source.label_names)
     freeze_layers(model, optim.freeze)
     layout = memory_format(recipe, accelerator)
     spec = image_spec(recipe, model)
