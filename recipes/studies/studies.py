@@ -482,6 +482,24 @@ TFFD18 = Study(
     seeds=(0, 1, 2),
 )
 
+# --- does bf16 cost accuracy? -----------------------------------------------------------------------------------------
+
+BF16 = {"run": {"precision": "bf16", "compile": False}}
+SMALL_18 = {"model": "tffd_resnet18", "data": {"image_size": 32}}
+
+PRECISION = Study(
+    "precision",
+    "does training in bf16 cost accuracy?",
+    vary(train_cifar100.ZOO_PLAIN, "precision", optim={"epochs": 10}, data={"holdout": 5000}, run=ALIKE),
+    (
+        Row("precision-resnet20", "ResNet-20 in float32"),
+        Row("precision-resnet20-bf16", "ResNet-20 in bf16", BF16, "precision-resnet20"),
+        Row("precision-resnet18", "ResNet-18 at 32 px in float32", SMALL_18),
+        Row("precision-resnet18-bf16", "ResNet-18 at 32 px in bf16", BF16, "precision-resnet18"),
+    ),
+    seeds=(0, 1, 2),
+)
+
 # --- the zoo: full length, test images, last epoch --------------------------------------------------------------------
 
 
