@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tffd_zoo.threads import threads_kept
 
 DATA_ROOT = Path(os.environ.get("TFFD_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -21,6 +24,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     impossible = [item for item in items if "data_root" in getattr(item, "fixturenames", ())]
     config.hook.pytest_deselected(items=impossible)
     items[:] = [item for item in items if item not in impossible]
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """A test that computes with more threads than there are cores to it would slow all that follow it."""
+    with threads_kept():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ from .data import ImageSource, ImageSpec, eval_loader, open_source
 from .known_data import portable_source
 from .loading import check_model_name, load_model, number_classes, temperature_of
 from .markdown import markdown_table
+from .threads import threads_kept
 
 Classify = Callable[[np.ndarray], np.ndarray]
 """Runs a file: pixel values to logits, or images to probabilities."""
@@ -238,6 +239,7 @@ def _metadata(name: str, model: nn.Module, source: ImageSource, spec: ImageSpec)
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
+@threads_kept()
 def _measure(
     model: nn.Module, test: ImageSource, spec: ImageSpec, temperature: float, folder: Path, timings: int
 ) -> dict[str, Any]:

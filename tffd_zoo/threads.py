@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -33,6 +35,16 @@ def use_threads(threads: int | None, processes: int = 1) -> int:
         raise ValueError(f"threads is {threads}; give 1 or more, or leave --threads out for this process's cores")
     torch.set_num_threads(threads)
     return threads
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Leave torch with as many threads as it had, whatever sets another number inside."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _openmp_threads() -> int | None:
