@@ -339,8 +339,8 @@ def test_a_study_is_stopped_resumed_and_reported_by_one_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(Path(compare.__file__).parents[2])
-    # 57 images are left to train on.
-    config = CompareConfig("digits", output=tmp_path, epochs=2, seeds=(0,), holdout=1380, jobs=2)
+    # 57 images are left to train on, and epochs enough that none is through with them before it is told to stop.
+    config = CompareConfig("digits", output=tmp_path, epochs=5, seeds=(0,), holdout=1380, jobs=2)
     metrics = [tmp_path / f"{name}-tffd_resnet20-s0" / "metrics.jsonl" for name in ("digits-plain", "digits-share")]
 
     def stop_once_one_has_begun() -> None:
@@ -359,7 +359,7 @@ def test_a_study_is_stopped_resumed_and_reported_by_one_command(
     assert "resuming" in resumed
     assert "0 failed" in resumed
     for file in metrics:
-        assert [line["epoch"] for line in read_metrics(file) if line["kind"] == "eval"] == [1, 2]
+        assert [line["epoch"] for line in read_metrics(file) if line["kind"] == "eval"] == [1, 2, 3, 4, 5]
 
     compare.main(CompareConfig("digits", report=True, output=tmp_path))
     page = (tmp_path / "results" / "digits" / "README.md").read_text()

@@ -6,16 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from small_export import small_export
 
 from tffd_zoo.export import rewrite_card
 from tffd_zoo.export_record import verify_export, write_sums
 from tffd_zoo.loading import load_model
 from tffd_zoo.signing import SIGNER, sign_export
-
-pytest.importorskip("model_signing")
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 
 def make_keys(folder: Path) -> tuple[Path, Path]:
