@@ -291,7 +291,7 @@ def _training(info: CardInfo) -> str:
         batch += f", {optim['accumulate']} batches per step"
     schedule = optim["sched"]
     if schedule == "multistep":
-        milestones = ", ".join(f"{share * optim['epochs']:g}" for share in optim["milestones"])
+        milestones = ", ".join(f"{fraction * optim['epochs']:g}" for fraction in optim["milestones"])
         schedule += f", x{optim['decay_rate']:g} at epochs {milestones}"
     trained = _trained_epochs(info.recipe, info.metrics)
     cut_short = "" if trained == optim["epochs"] else f" (stopped after {trained:.3g})"

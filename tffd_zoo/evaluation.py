@@ -91,7 +91,7 @@ def confidence_and_success(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def percent(rows: Tensor) -> float:
-    """Share of the images for which it is true, percent."""
+    """How many of the images it is true for, percent."""
     return 100 * int(rows.sum()) / len(rows)
 
 
@@ -119,11 +119,11 @@ def calibration_error(rows: Tensor) -> float:
 
 FIGURES: dict[str, Figure] = {
     "top1": Figure(
-        "top-1", "%", 2, "higher", "share of images whose class has the highest logit",
+        "top-1", "%", 2, "higher", "part of the images whose class has the highest logit",
         is_first, percent, high=100, hub_metric="accuracy", required=True,
     ),
     "top5": Figure(
-        "top-5", "%", 2, "higher", "share of images whose class is among the five highest logits",
+        "top-5", "%", 2, "higher", "part of the images whose class is among the five highest logits",
         is_among_five, percent, high=100, hub_metric="accuracy", required=True,
     ),
     "nll": Figure(

@@ -68,7 +68,7 @@ class InspectConfig:
     p: int = 2
     """The p of salience 'lp': 1 or 2."""
     ratio: float = 0.5
-    """Share of the channels that is salient."""
+    """Part of the channels that is salient."""
     maps: int = 32
     """Draw at most so many salient and so many redundant maps of a stage."""
     out: Path = Path("inspect.png")

@@ -120,7 +120,7 @@ def pair_channels(salience: Tensor, ratio: float = 0.5) -> Tensor:
 
     Args:
         salience: (C,) scores.
-        ratio: share of the channels that is salient.
+        ratio: part of the channels that is salient.
 
     Returns:
         (C,) int64: the channel that channel c learns from; a salient channel points at itself.

@@ -248,14 +248,14 @@ def holdout(source: ImageSource, n: int, seed: int = 0) -> tuple[ImageSource, Im
     if not 0 < n < len(source):
         raise ValueError(f"cannot hold {n} images out of {len(source)}; choose from 1 to {len(source) - 1}")
     sizes = torch.bincount(source.labels, minlength=source.num_classes)
-    shares = sizes * n // len(source)
+    quotas = sizes * n // len(source)
     remainders = sizes * n % len(source)
-    shares[remainders.argsort(descending=True, stable=True)[: n - int(shares.sum())]] += 1
+    quotas[remainders.argsort(descending=True, stable=True)[: n - int(quotas.sum())]] += 1
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
     order = order[source.labels[order].argsort(stable=True)]  # by class, shuffled within it
     place_in_class = torch.arange(len(source)) - (sizes.cumsum(0) - sizes)[source.labels[order]]
     held_out = torch.zeros(len(source), dtype=torch.bool)
-    held_out[order[place_in_class < shares[source.labels[order]]]] = True
+    held_out[order[place_in_class < quotas[source.labels[order]]]] = True
     return (
         source.subset((~held_out).nonzero().squeeze(1)),
         source.subset(held_out.nonzero().squeeze(1)),

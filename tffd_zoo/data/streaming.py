@@ -181,13 +181,13 @@ class StreamedSource:
             chunks.append(lane[(torch.arange(len(lane)) + delay).argsort(stable=True)].split(each))
         return torch.cat([chunk for batch in zip_longest(*chunks) for chunk in batch if chunk is not None])
 
-    def read(self, shares: Sequence[Tensor], global_batch: int) -> Iterator[StreamedRows]:
-        """Yield the images at the positions of each share in turn; threads fetch the row groups ahead.
+    def read(self, batches: Sequence[Tensor], global_batch: int) -> Iterator[StreamedRows]:
+        """Yield the images at the positions of each batch in turn; threads fetch the row groups ahead.
 
         Raises:
             ValueError: a row group cannot be read, or has a label outside the classes.
         """
-        ahead = -(-READ_AHEAD // max(map(len, shares), default=1))  # batches
+        ahead = -(-READ_AHEAD // max(map(len, batches), default=1))  # batches
         # A row group is let go with its last image. One that this process shares with another, or two lanes with each
         # other, is let go when it was not needed for as long as the buffer can hold an image back.
         patience = 2 * _buffer(global_batch) // global_batch
@@ -196,15 +196,15 @@ class StreamedSource:
         pool = ThreadPoolExecutor(READERS)
         footer = lru_cache(FOOTERS_KEPT)(lambda path: pool.submit(_read_footer, path))
         try:
-            for number, share in enumerate(shares):
-                for upcoming in shares[opened : number + 1 + ahead]:
+            for number, positions in enumerate(batches):
+                for upcoming in batches[opened : number + 1 + ahead]:
                     for group in self._groups_of(upcoming).unique().tolist():
                         if group not in held:
                             metadata = footer(self.files[self.groups[group].file])
                             held[group] = _Held(pool.submit(self._read_group, group, metadata), self.groups[group].rows)
                         held[group].needed = opened
                     opened += 1
-                yield self._take(share, held)
+                yield self._take(positions, held)
                 for group, rows in list(held.items()):
                     if not rows.unread or rows.needed < number - patience:
                         del held[group]
@@ -214,9 +214,9 @@ class StreamedSource:
     def _groups_of(self, positions: Tensor) -> Tensor:
         return torch.searchsorted(self._starts, positions, right=True) - 1
 
-    def _take(self, share: Tensor, held: dict[int, _Held]) -> StreamedRows:
-        of_group = self._groups_of(share)
-        groups, rows = of_group.tolist(), (share - self._starts[of_group]).tolist()
+    def _take(self, positions: Tensor, held: dict[int, _Held]) -> StreamedRows:
+        of_group = self._groups_of(positions)
+        groups, rows = of_group.tolist(), (positions - self._starts[of_group]).tolist()
         encoded, labels = [], []
         for group, row in zip(groups, rows, strict=True):
             fetched = held[group].rows.result()

@@ -243,7 +243,7 @@ def contrast(x: np.ndarray, factor: float, dice: Dice) -> np.ndarray:
 
 @_kind((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03))
 def elastic_transform(x: np.ndarray, parameters: tuple[float, float, float], dice: Dice) -> np.ndarray:
-    """A random affine map, then a smooth random displacement of every pixel; lengths are shares of the side."""
+    """A random affine map, then a smooth random displacement of every pixel; lengths are parts of the side."""
     import cv2
     from scipy.ndimage import gaussian_filter
 
@@ -264,8 +264,8 @@ def elastic_transform(x: np.ndarray, parameters: tuple[float, float, float], dic
 
 
 @_kind(0.95, 0.9, 0.85, 0.75, 0.65)
-def pixelate(x: np.ndarray, share: float, dice: Dice) -> np.ndarray:
-    small = int(SIZE * share)
+def pixelate(x: np.ndarray, scale: float, dice: Dice) -> np.ndarray:
+    small = int(SIZE * scale)
 
     def enlarge_again(image: Image.Image) -> Image.Image:
         shrunk = image.resize((small, small), Image.Resampling.BOX)

@@ -81,5 +81,5 @@ class Part:
 
 
 def percent(correct: np.ndarray) -> float:
-    """The share of true ones, percent."""
+    """How many are true, percent."""
     return 100 * float(np.mean(correct))

@@ -1,7 +1,7 @@
 """Can the model tell images of its classes from images of none? By two scores of logits and one of features.
 
 Detectors and curves are pytorch-ood's. AUROC is the chance that an unknown image scores higher than a known one. FPR95
-is the share of unknown images that pass when the threshold lets 95 % of the known ones pass.
+is the part of unknown images that pass when the threshold lets 95 % of the known ones pass.
 """
 
 from __future__ import annotations

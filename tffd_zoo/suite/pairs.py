@@ -27,7 +27,7 @@ class Difference:
     """Lower end of the 95 % bootstrap interval of the difference."""
     high: float
     mcnemar_p: float | None = None
-    """Exact two-sided p of McNemar's test, for a figure that is a share of right images."""
+    """Exact two-sided p of McNemar's test, for a figure that is the part of right images."""
 
     @property
     def difference(self) -> float:
@@ -90,7 +90,7 @@ def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _mcnemar_of(figure: str, ours: Mapping[str, Sample], theirs: Mapping[str, Sample]) -> float | None:
-    """McNemar's p of a figure that is a share of right images: their values then have its name."""
+    """McNemar's p of a figure that is the part of right images: their values then have its name."""
     for name, sample in ours.items():
         values = sample.get(figure)
         if values is not None and values.dtype == bool and values.ndim == 1:

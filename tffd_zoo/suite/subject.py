@@ -101,13 +101,13 @@ class Subject:
                 f"{self.name} takes {self.spec.input_size[1]} x {self.spec.input_size[2]} pixels, and the images have "
                 f"{images.shape[1]} x {images.shape[2]}"
             )
-        share = np.array_split(np.arange(len(images)), self.world_size)[self.rank]
-        starts = range(0, len(share), self.batch_size)
+        part = np.array_split(np.arange(len(images)), self.world_size)[self.rank]
+        starts = range(0, len(part), self.batch_size)
         normalize = Normalize(self.spec.mean, self.spec.std, self.spec.input_size, torch.channels_last)
 
         def batches() -> Iterator[Tensor]:
             for start in starts:
-                chosen = share[start : start + self.batch_size]
+                chosen = part[start : start + self.batch_size]
                 yield normalize(torch.from_numpy(np.ascontiguousarray(images[chosen])).permute(0, 3, 1, 2))
 
         return self._run(batches(), len(starts), with_features)
@@ -136,6 +136,6 @@ class Subject:
         mine = np.concatenate(arrays) if arrays else np.zeros((0, width), np.float32)
         if self.world_size == 1:
             return mine
-        shares: list[Any] = [None] * self.world_size
-        dist.all_gather_object(shares, mine)
-        return np.concatenate([share for share in shares if len(share)] or [mine])
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, mine)
+        return np.concatenate([part for part in parts if len(part)] or [mine])

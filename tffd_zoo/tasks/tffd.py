@@ -45,7 +45,7 @@ class TfFDConfig(Method):
     p: int = 2
     """The p of salience 'lp': 1 or 2."""
     ratio: float = 0.5
-    """Share of the channels that is salient."""
+    """Part of the channels that is salient."""
     detach_salient: bool = True
     """Stop the gradient on the salient half; without it both halves move towards each other."""
     salience_momentum: float = 0.0

@@ -226,12 +226,12 @@ def make_loaders(
     """
     data, batch_size = recipe.data, recipe.optim.batch_size
 
-    def workers(share: float) -> Workers:
-        """As many as keep up where an image takes `share` of its time in training."""
+    def workers(fraction: float) -> Workers:
+        """As many as keep up where an image takes `fraction` of its time in training."""
         if data.workers is not None or seconds_per_image is None:
             return data.workers
         cores, on_cpu = cores_per_process(accelerator.num_processes), accelerator.device.type == "cpu"
-        return lambda decoding: workers_beside(decoding, share * seconds_per_image(), cores, on_cpu)
+        return lambda decoding: workers_beside(decoding, fraction * seconds_per_image(), cores, on_cpu)
 
     shared: dict[str, Any] = {
         "rank": accelerator.process_index,

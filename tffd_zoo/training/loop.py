@@ -121,7 +121,7 @@ def train(recipe: Recipe) -> Path:
         optimizer,
         sched="poly" if linear else optim.sched,
         num_epochs=optim.epochs,
-        decay_milestones=[share * optim.epochs for share in optim.milestones],
+        decay_milestones=[fraction * optim.epochs for fraction in optim.milestones],
         decay_rate=1.0 if linear else optim.decay_rate,  # of 'poly' this is the power
         warmup_epochs=optim.lr_warmup_epochs,
         step_on_epochs=False,
@@ -162,7 +162,7 @@ def train(recipe: Recipe) -> Path:
             timer = _Timer()
             for group in _steps(train_batches, progress, optim):
                 # one step
-                for batch, share, last in group:
+                for batch, weight, last in group:
                     images = batch.images.to(accelerator.device, non_blocking=True)
                     targets = batch.targets.to(accelerator.device, non_blocking=True)
                     timer.images += len(images) * accelerator.num_processes
@@ -170,7 +170,7 @@ def train(recipe: Recipe) -> Path:
                         images, targets = mixup(images, targets)
                     with nullcontext() if last else accelerator.no_sync(prepared):
                         terms = prepared(images, targets, batch.positions)
-                        accelerator.backward(terms["loss"] * share)
+                        accelerator.backward(terms["loss"] * weight)
                     sums.add(terms, len(images), progress.step + 1)
                 if optim.clip_grad:
                     accelerator.clip_grad_norm_(prepared.parameters(), optim.clip_grad)
@@ -285,7 +285,7 @@ def _choose_lambdas(
 
 
 def _steps(batches: Loader, progress: Progress, optim: OptimConfig) -> Iterator[list[tuple[Batch, float, bool]]]:
-    """The batches of each remaining step of the epoch, each with its share of the step's mean loss."""
+    """The batches of each remaining step of the epoch, each with its weight in the step's mean loss."""
     start = progress.step_in_epoch * optim.accumulate
     group: list[Batch] = []
     for position, batch in enumerate(batches.epoch(progress.epoch, start_batch=start), start=start + 1):

@@ -29,7 +29,7 @@ WORTH_MEASURING = 100
 WORTH_COMPILING = 30.0
 """Minutes of the shortest run for which compiled steps are measured: compiling takes up to a minute, twice over."""
 WORTH = 0.95
-"""Share of the time, at most, that bf16 or a compiled step has to take."""
+"""Part of the time, at most, that bf16 or a compiled step has to take."""
 PIXELS = 128 * 32 * 32
 """Pixels of a timed batch on CPU, where time grows with them alone; other devices get the whole batch."""
 ROUNDS, SECONDS = 5, 10.0
@@ -104,9 +104,9 @@ def _choose(recipe: Recipe, images: int, state: PartialState) -> tuple[Precision
     eager: dict[str, Trial] = {name: Trial(recipe, name, state) for name in candidates}
     seconds = seconds_per_image(eager, state.device)
     if len(candidates) > 1:
-        share = seconds["bf16"] / seconds["no"]
-        precision = "bf16" if share <= WORTH else "no"
-        reasons.append(f"bf16 takes {share:.2f} of float32's time here")
+        ratio = seconds["bf16"] / seconds["no"]
+        precision = "bf16" if ratio <= WORTH else "no"
+        reasons.append(f"bf16 takes {ratio:.2f} of float32's time here")
     if run.compile is not None:
         return precision, run.compile, reasons[0]
 
@@ -118,8 +118,8 @@ def _choose(recipe: Recipe, images: int, state: PartialState) -> tuple[Precision
         seconds = seconds_per_image(trials, state.device)
     except RuntimeError:  # what torch.compile raises without a C++ compiler or Triton
         return precision, False, ", ".join([*reasons, "nothing compiles here"])
-    share = seconds["compiled"] / seconds["eager"]
-    return precision, share <= WORTH, ", ".join([*reasons, f"compiled it takes {share:.2f} of eager's time"])
+    ratio = seconds["compiled"] / seconds["eager"]
+    return precision, ratio <= WORTH, ", ".join([*reasons, f"compiled it takes {ratio:.2f} of eager's time"])
 
 
 class Trial:
