@@ -299,19 +299,6 @@ def test_the_average_teaches_in_training_mode_and_is_taught_nothing() -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_a_run_taught_by_its_average_stops_and_resumes_to_the_bit_and_exports_the_student(tmp_path: Path) -> None:
-    def run(folder: str, **changes: Any) -> Path:
-        teacher = TeacherConfig("average", lambda_features=0.1)
-        return train(vary(RECIPE, "test", teacher=teacher, run={"output": tmp_path / folder, **changes}))
-
-    export = run("whole")
-    run("stopped", max_steps=4)
-    run("stopped")
-    last = [load_file(tmp_path / folder / "weights" / "last.safetensors") for folder in ("whole", "stopped")]
-    assert all(torch.equal(last[0][name], last[1][name]) for name in network(0).state_dict())
-    assert load_file(export / "model.safetensors").keys() == network(0).state_dict().keys()
-
-
 # --- auxiliary branches -----------------------------------------------------------------------------------------------
 
 
@@ -496,9 +483,15 @@ def test_a_fresh_teacher_has_a_seed_of_its_own_and_leaves_the_global_one_alone()
         build.fresh_teacher(recipe, same, 10)
 
 
-def test_a_run_with_a_teacher_alongside_stops_resumes_and_exports_the_student_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "teacher",
+    [TeacherConfig("branches", share_features=0.05), TeacherConfig("average", lambda_features=0.1)],
+    ids=["branches", "average"],
+)
+def test_a_run_with_a_teacher_alongside_stops_resumes_and_exports_the_student_alone(
+    teacher: TeacherConfig, tmp_path: Path
+) -> None:
     def run(folder: str, **changes: Any) -> Path:
-        teacher = TeacherConfig("branches", share_features=0.05)
         run = {"output": tmp_path / folder, "measure_every": 2, **changes}
         return train(vary(RECIPE, "test", teacher=teacher, run=run))
 
