@@ -244,6 +244,13 @@ def best(recipe: Recipe, **evaluation: Any) -> str:
     return render_card(replace(card_info(recipe), metrics=metrics))
 
 
+def test_figures_of_some_of_the_classes_are_said_to_be() -> None:
+    for classes, said in ((97, "10,000 images of 97 of its 100 classes, split"), (100, "10,000 images, split")):
+        evaluation = {**EVALUATION, "classes": classes, "model_classes": 100}
+        info = replace(card_info(), metrics={**METRICS, "evaluation": evaluation})
+        assert said in render_card(info)
+
+
 def test_a_best_epoch_chosen_on_its_own_test_is_said_to_flatter() -> None:
     holdout = vary(TFFD, "holdout", data={"holdout": 5_000})
     flatters = "chosen on the very images that the figures are from"

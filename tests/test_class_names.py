@@ -14,7 +14,7 @@ from torch import nn
 from tffd_zoo.atomic import save_tensors
 from tffd_zoo.data import ImageSource
 from tffd_zoo.data.image_source import InMemory
-from tffd_zoo.loading import match_classes, number_classes, order_logits
+from tffd_zoo.loading import known_images, left_out, match_classes, number_classes, order_logits
 from tffd_zoo.tasks import TeacherConfig
 from tffd_zoo.training.build import load_teacher
 
@@ -40,6 +40,8 @@ def a_model(names: Sequence[str] | None, classes: int = 3) -> nn.Module:
         (None, ["x", "y", "z"], [0, 1, 2]),  # the model has no names
         (["ant", "bee", "cow"], ["0", "1", "2"], [0, 1, 2]),  # the data have none
         (["crane", "ant", "crane"], ["crane", "ant", "crane"], [0, 1, 2]),  # a bird and a machine
+        (["0", "1", "2"], ["0", "2"], [0, 2]),  # folders of digits, one of which is empty
+        (["0", "1", "2"], ["0", "1"], [0, 1]),
     ],
 )
 def test_classes_are_matched(known: list[str] | None, there: list[str], numbers: list[int]) -> None:
@@ -52,11 +54,38 @@ def test_classes_are_matched(known: list[str] | None, there: list[str], numbers:
         (["a", "b", "c"], ["b", "c", "d"], r"m does not know d of photos \(it knows a, b, c\)"),
         (["a", "b", "c"], ["0", "1"], "m tells 3 classes apart but photos has 2"),
         (None, ["a", "b"], "m tells 3 classes apart but photos has 2"),
+        (["crane", "ant", "crane"], ["ant", "crane"], "cannot be told apart by their names: crane twice"),
     ],
 )
 def test_what_cannot_be_matched_is_refused(known: list[str] | None, there: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         match_classes("m", known, 3, images_of(*there))
+
+
+@pytest.mark.parametrize(
+    ("known", "there", "left"),
+    [
+        (["a", "b", "c"], ["b", "c", "d"], ["b", "c"]),
+        (["a", "b", "c"], ["d", "c"], ["c"]),
+        (["a", "b", "c"], ["a", "c"], ["a", "c"]),
+        (["a", "b", "c"], ["0", "1", "2"], ["0", "1", "2"]),  # matched by number, or refused, later
+        (None, ["a", "b"], ["a", "b"]),
+    ],
+)
+def test_images_of_unknown_classes_are_left_out(known: list[str] | None, there: list[str], left: list[str]) -> None:
+    source = images_of(*there)
+    part = known_images("m", known, source)
+    assert [*part.label_names] == left
+    assert part.rows.tolist() == [there.index(name) for name in left]  # the images of those classes...
+    assert part.labels.tolist() == [*range(len(left))]  # ...numbered anew
+    assert left_out(source, part)["left_out_classes"] == [name for name in there if name not in left]
+
+
+def test_a_model_that_knows_no_class_has_nothing_to_be_evaluated_on() -> None:
+    with pytest.raises(
+        ValueError, match=r"m knows none of the classes that photos has images of \(d, e\); it knows a, b"
+    ):
+        known_images("m", ["a", "b"], images_of("d", "e"))
 
 
 def test_either_side_can_be_brought_into_the_order_of_the_other() -> None:

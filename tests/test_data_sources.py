@@ -204,6 +204,13 @@ class TestParquet:
         write_parquet(tmp_path / "d" / "validation-00000-of-00001.parquet", image=images([0]), label=[0])
         assert open_(tmp_path / "d", "val").split == "validation"
 
+    def test_a_folder_of_one_split_answers_to_its_own_name(self, tmp_path: Path, open_: Any) -> None:
+        write_parquet(tmp_path / "val" / "part-0.parquet", image=images([0, 1]), label=[0, 1])
+        assert [len(open_(tmp_path / "val", name)) for name in ("val", "validation", "train")] == [2, 2, 2]
+        write_parquet(tmp_path / "test" / "train-00000-of-00001.parquet", image=images([0]), label=[0])
+        with pytest.raises(ValueError, match="has no split test; it has train"):
+            open_(tmp_path / "test", "test")
+
     def test_a_split_that_does_not_exist_is_refused_naming_those_that_do(self, cifar_like: Path, open_: Any) -> None:
         with pytest.raises(ValueError, match="has no split validation; it has test"):
             open_(cifar_like, "validation")

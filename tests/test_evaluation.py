@@ -394,11 +394,63 @@ def test_a_class_without_images_is_said_and_the_others_are_evaluated(
     assert "also knows class_0, of which there are no images" in said
 
 
-def test_a_class_that_the_model_does_not_know_is_refused_by_name(photos: Path, student: Path, tmp_path: Path) -> None:
+def test_a_class_that_the_model_does_not_know_is_left_out_and_said_to_be(
+    photos: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = timm.create_model(f"local-dir:{student}", pretrained=True)
+    head = model.get_classifier()
+    for parameter in (head.weight, head.bias):
+        parameter.data = parameter.data.roll(-1, 0)
+    write_export(model, tmp_path / "other", [*(f"class_{label}" for label in range(1, 7)), "zebra"])
+    figures = run(tmp_path / "other", photos, tmp_path, csv=tmp_path / "figures.csv")
+    said = capsys.readouterr()
+    assert "does not know class_0 of " in said.err
+    assert ": evaluated on 6 of 7 classes, 12 of 83 images left out" in said.err
+    assert "also knows zebra, of which there are no images" in said.err
+    assert "| 71 of 83 |" in said.out
+    evaluation = figures["evaluation"]
+    assert (figures["images"], evaluation["classes"], evaluation["model_classes"]) == (71, 6, 7)
+    assert (evaluation["left_out_images"], evaluation["left_out_classes"]) == (12, ["class_0"])
+    with (tmp_path / "figures.csv").open() as file:
+        assert next(csv.DictReader(file))["left_out_images"] == "12"
+    # the same logits, evaluated where the folder has no class_0 at all
+    subprocess.run(["cp", "-r", str(photos), str(tmp_path / "data")], check=True)
+    subprocess.run(["rm", "-r", str(tmp_path / "data" / "val" / "class_0")], check=True)
+    alone = run(student, tmp_path / "data", tmp_path)
+    assert (figures["correct1"], figures["correct5"]) == (alone["correct1"], alone["correct5"])
+    assert figures["nll"] == pytest.approx(alone["nll"], rel=1e-6)
+
+
+def test_models_that_know_other_classes_are_evaluated_each_on_its_own(
+    photos: Path, student: Path, tmp_path: Path
+) -> None:
     model = timm.create_model(f"local-dir:{student}", pretrained=True)
     write_export(model, tmp_path / "other", [f"class_{label}" for label in range(1, 8)])
-    with pytest.raises(ValueError, match=r"does not know class_0 of .* \(it knows class_1, class_2, .*\); leave those"):
+    models = (f"local-dir:{student}", f"local-dir:{tmp_path / 'other'}")
+    main(EvalConfig(models=models, data=str(photos), device="cpu", workers=0, json=tmp_path / "figures"))
+    whole, part = json.loads((tmp_path / "figures").read_text())
+    assert (whole["images"], whole["evaluation"]["left_out_images"]) == (83, 0)
+    assert (part["images"], part["evaluation"]["left_out_images"]) == (71, 12)
+
+
+def test_a_model_that_knows_none_of_the_classes_is_refused(photos: Path, student: Path, tmp_path: Path) -> None:
+    model = timm.create_model(f"local-dir:{student}", pretrained=True)
+    write_export(model, tmp_path / "other", [f"animal_{label}" for label in range(7)])
+    with pytest.raises(ValueError, match=r"knows none of the classes that .* has images of \(class_0, .* it knows ani"):
         run(tmp_path / "other", photos, tmp_path)
+
+
+def test_the_split_is_found_as_recipes_find_it(photos: Path, student: Path, tmp_path: Path) -> None:
+    assert run(student, photos, tmp_path, split=None)["evaluation"]["split"] == "validation"
+    assert run(student, photos / "val", tmp_path, split=None)["images"] == 83  # a folder called val is that split
+    subprocess.run(["cp", "-r", str(photos / "val"), str(tmp_path / "photos")], check=True)
+    with pytest.raises(ValueError, match="has no split validation or test; it has train; name the one to evaluate on"):
+        run(student, tmp_path / "photos", tmp_path, split=None)
+    subprocess.run(["cp", "-r", str(photos), str(tmp_path / "two")], check=True)
+    subprocess.run(["cp", "-r", str(photos / "val"), str(tmp_path / "two" / "dev")], check=True)
+    with pytest.raises(ValueError, match="dev and val, each of which may be the split validation; name one"):
+        run(student, tmp_path / "two", tmp_path, split=None)
+    assert run(student, tmp_path / "two", tmp_path, split="dev")["images"] == 83
 
 
 def test_an_unreadable_image_stops_unless_it_is_to_be_skipped(photos: Path, student: Path, tmp_path: Path) -> None:

@@ -462,8 +462,9 @@ def suite(colours: ImageSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     def make_subject(name: str) -> Subject:
         subject = colour_subject()
         subject.name = name
+        subject.label_names = (*colours.label_names[:2], "4 grey") if name == "other" else colours.label_names
         with torch.no_grad():
-            subject.model.scale.mul_({"good": 1, "plain": 0.5, "broken": float("nan")}[name])
+            subject.model.scale.mul_({"good": 1, "other": 1, "plain": 0.5, "broken": float("nan")}[name])
         return subject
 
     def run_parts(parts: str, models: tuple[str, ...] = ("good",), **settings: object) -> Path:
@@ -518,6 +519,30 @@ def test_what_was_measured_is_not_measured_again(suite: Callable[..., Path], mon
     before = read_csv(suite("clean") / "clean.csv")
     monkeypatch.setattr(Subject, "_run", lambda *_, **__: pytest.fail("measured again"))
     assert read_csv(suite("clean") / "clean.csv") == before
+
+
+def test_a_model_that_lacks_a_class_is_measured_on_the_others_and_held_against_none_that_has_it(
+    suite: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="1 of these could not be had"):
+        suite("clean,calibration", ("good", "other"), against=("plain",))
+    said = capsys.readouterr()
+    assert "missing: other is not held against plain: they know other classes of these images" in said.err
+    rows = {row["model"]: row for row in csv.DictReader((tmp_path / "out" / "clean.csv").open())}
+    assert [(row["images"], row["left_out_images"]) for row in rows.values()] == [("6", "0"), ("4", "2"), ("6", "0")]
+    assert rows["other"]["left_out_classes"] == "['3 blue']"
+    assert {row["model"] for row in csv.DictReader((tmp_path / "out" / "pairs.csv").open())} == {"good"}
+
+
+def test_a_temperature_is_fitted_on_images_numbered_as_the_logits_are(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", RGB | {"0 grey": (99, 99, 99)})
+    subject = colour_subject()
+    subject.label_names = tuple(RGB)
+    train = open_source(str(tmp_path), "train")
+    setting = run.Setting(SuiteConfig(), train, lambda split, column: train, subject.known)
+    assert train.label_names == ("0 grey", *RGB)
+    assert (len(setting.train), len(setting.fit_source)) == (8, 6)
+    assert subject.predict(setting.fit_source).correct.all()
 
 
 def test_a_part_that_fails_leaves_the_others(suite: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -317,7 +317,11 @@ def _evaluation(info: CardInfo) -> str:
     preprocessing = info.config["pretrained_cfg"]
     height, width = preprocessing["input_size"][-2:]
     held_out = bool(evaluation.get("held_out"))
-    images = f"{metrics['images']:,} images{' held out of' if held_out else ','} split {code(evaluation['split'])}"
+    classes, of = evaluation.get("classes"), evaluation.get("model_classes")
+    some = f" of {classes} of its {of} classes" if classes and classes != of else ""
+    images = (
+        f"{metrics['images']:,} images{some}{' held out of' if held_out else ','} split {code(evaluation['split'])}"
+    )
     lines = [
         f"{images} of {info.data_name}, each once",
         f"{height} x {width} pixels, {preprocessing['interpolation']} resizing, crop {preprocessing['crop_pct']:g} "

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ._version import __version__
 from .atomic import replacing_folder
 from .cli import run_cli
-from .data import ImageSource, ImageSpec, eval_loader, open_source
+from .data import EVAL_SPLITS, ImageSource, ImageSpec, eval_loader, open_source
 from .known_data import portable_source
 from .loading import check_model_name, load_model, number_classes, temperature_of
 from .markdown import markdown_table
@@ -65,8 +65,8 @@ class DeployConfig:
     """Images to calibrate and to evaluate on: a Hub id, a folder of parquet, an image folder, or 'digits'."""
     to: Path
     """Where the files go; absent, empty, or an earlier deployment."""
-    split: str = "test"
-    """Split that every file is evaluated on, whole."""
+    split: str | None = None
+    """Split that every file is evaluated on, whole; validation, or else test, when not given."""
     train_split: str = "train"
     """Split whose images calibrate int8."""
     calibration_images: int = 512
@@ -112,7 +112,7 @@ def main(config: DeployConfig) -> None:
     check_model_name(config.model)
     test, train = (
         open_source(config.data, split, image_column=config.image_column, label_column=config.label_column)
-        for split in (config.split, config.train_split)
+        for split in (config.split or EVAL_SPLITS, config.train_split)
     )
     record = deploy(
         config.model,

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +28,10 @@ from torch import nn
 from .allocator import keep_freed_memory
 from .atomic import replacing_file
 from .cli import run_cli
-from .data import ImageSource, ImageSpec, Loader, eval_loader, open_source
+from .data import EVAL_SPLITS, ImageSource, ImageSpec, Loader, NoSuchSplit, eval_loader, open_source
 from .data.image_source import some_of
 from .evaluation import FIGURES, evaluate, evaluation_record
-from .loading import check_model_name, expand_names, label_names, load_model, order_logits
+from .loading import check_model_name, expand_names, known_images, label_names, left_out, load_model, order_logits
 from .markdown import markdown_table
 from .ranges import COUNT, NOT_NEGATIVE, check_ranges
 from .suite import Subject, SuiteConfig, run_suite
@@ -51,8 +52,8 @@ class EvalConfig:
     hf-hub:org/name[@revision] or local-dir:FOLDER."""
     data: str
     """A Hub data set id, a folder of parquet files, an image folder, or 'digits' (ships with scikit-learn)."""
-    split: str = "test"
-    """Split to evaluate on."""
+    split: str | None = None
+    """Split to evaluate on; validation, or else test, when not given."""
     batch_size: int = 256
     """Images per batch and process."""
     image_column: str | None = None
@@ -96,29 +97,22 @@ def main(config: EvalConfig) -> None:
     keep_freed_memory()
     state, device = _processes_and_device(config.device)
     threads = use_threads(config.threads, state.num_processes)
-    with state.main_process_first():  # one process downloads, the others find it there
-        source = open_source(
-            config.data,
-            config.split,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            revision=config.revision,
-            skip_unreadable=config.skip_unreadable,
-        )
+    source = _open(config, state)
     if state.is_main_process:
         print(source.describe(), file=sys.stderr)
     if config.more.suite is not None:
         _run_suite(config, models, source, state, device)
         return
 
-    loaders: dict[ImageSpec, Loader] = {}
+    loaders: dict[tuple[ImageSpec, str], Loader] = {}
     records: list[dict[str, Any]] = []
     try:
         for name in models:
-            model, spec = _load(name, source, state, device)
-            if spec not in loaders:
-                loaders[spec] = eval_loader(
-                    source,
+            model, spec, known = _load(name, source, state, device)
+            images = spec, known.fingerprint
+            if images not in loaders:
+                loaders[images] = eval_loader(
+                    known,
                     spec,
                     config.batch_size,
                     rank=state.process_index,
@@ -128,14 +122,15 @@ def main(config: EvalConfig) -> None:
                 )
             result = evaluate(
                 model,
-                loaders[spec],
+                loaders[images],
                 device=device,
                 distributed=state.num_processes > 1,
                 amp_dtype=PRECISIONS[config.precision],
                 memory_format=torch.channels_last,
             )
-            record = evaluation_record(model, result, source, spec)
+            record = evaluation_record(model, result, known, spec)
             settings = {
+                **left_out(source, known),
                 "batch_size": config.batch_size,
                 "precision": config.precision,
                 "processes": state.num_processes,
@@ -148,16 +143,44 @@ def main(config: EvalConfig) -> None:
             write_records(records, config.json, config.csv)
 
 
-def _load(name: str, source: ImageSource, state: PartialState, device: torch.device) -> tuple[nn.Module, ImageSpec]:
-    """The model on its device, its classes checked, and how it wants its images."""
+def _open(
+    config: EvalConfig, state: PartialState, split: str | None = None, label_column: str | None = None
+) -> ImageSource:
+    """Open a split, that to evaluate on when not given, with the labels of a column."""
+    with state.main_process_first():  # one process downloads, the others find it there
+        try:
+            return open_source(
+                config.data,
+                split or config.split or EVAL_SPLITS,
+                image_column=config.image_column,
+                label_column=label_column or config.label_column,
+                revision=config.revision,
+                skip_unreadable=config.skip_unreadable,
+            )
+        except NoSuchSplit as error:
+            raise ValueError(f"{error}; name the one to evaluate on with --split") from error
+
+
+def _load(
+    name: str, source: ImageSource, state: PartialState, device: torch.device
+) -> tuple[nn.Module, ImageSpec, ImageSource]:
+    """The model on its device, how it wants its images, and those of `source` whose classes it knows."""
     with state.main_process_first():
         model = load_model(name)
-    order_logits(name, model, source)
-    lacking = [label for label in label_names(model) or () if label not in source.label_names]
-    if lacking and model.num_classes != source.num_classes and state.is_main_process:
-        print(f"{name} also knows {some_of(lacking)}, of which there are no images", file=sys.stderr)
+    known = known_images(name, label_names(model), source)
+    order_logits(name, model, known)
+    lacking = [label for label in label_names(model) or () if label not in known.label_names]
+    if state.is_main_process:
+        if out := left_out(source, known)["left_out_classes"]:
+            print(
+                f"{name} does not know {some_of(out)} of {source.name}: evaluated on {known.num_classes} of "
+                f"{source.num_classes} classes, {len(source) - len(known):,} of {len(source):,} images left out",
+                file=sys.stderr,
+            )
+        if lacking and model.num_classes != known.num_classes:
+            print(f"{name} also knows {some_of(lacking)}, of which there are no images", file=sys.stderr)
     model = model.to(device).to(memory_format=torch.channels_last)
-    return model, ImageSpec(**resolve_input_data_config(model, use_test_size=True))
+    return model, ImageSpec(**resolve_input_data_config(model, use_test_size=True)), known
 
 
 def _ordered_names(model: nn.Module, source: ImageSource) -> tuple[str, ...] | None:
@@ -171,24 +194,13 @@ def _ordered_names(model: nn.Module, source: ImageSource) -> tuple[str, ...] | N
 def _run_suite(
     config: EvalConfig, models: Sequence[str], source: ImageSource, state: PartialState, device: torch.device
 ) -> None:
-    def open_labels(split: str, label_column: str | None) -> ImageSource:
-        with state.main_process_first():
-            return open_source(
-                config.data,
-                split,
-                image_column=config.image_column,
-                label_column=label_column or config.label_column,
-                revision=config.revision,
-                skip_unreadable=config.skip_unreadable,
-            )
-
     def make_subject(name: str) -> Subject:
-        model, spec = _load(name, source, state, device)
+        model, spec, known = _load(name, source, state, device)
         return Subject(
             name,
             model,
             spec,
-            _ordered_names(model, source),
+            _ordered_names(model, known),
             device,
             config.batch_size,
             PRECISIONS[config.precision],
@@ -197,7 +209,7 @@ def _run_suite(
             state.num_processes,
         )
 
-    run_suite(config.more, models, source, open_labels, make_subject)
+    run_suite(config.more, models, source, partial(_open, config, state), make_subject)
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -210,12 +222,18 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             *(figure.shown(record.get(name)) for name, figure in FIGURES.items()),
             f"{record['params'] / 1e6:.2f}",
             f"{record['macs'] / 1e6:.1f}",
-            f"{record['images']}",
+            _images(record),
             f"{record['images_per_second']:.0f}",
         ]
         for record in records
     ]
     return markdown_table(header, rows)
+
+
+def _images(record: Mapping[str, Any]) -> str:
+    """How many images a figure is of, and of how many, where some were left out."""
+    out = record["evaluation"]["left_out_images"]
+    return f"{record['images']} of {record['images'] + out}" if out else f"{record['images']}"
 
 
 def write_records(records: Sequence[Mapping[str, Any]], json_file: Path | None, csv_file: Path | None) -> None:

@@ -225,7 +225,8 @@ def export_run(
         "evaluation": {
             "data": data["source"],
             "revision": data["revision"],
-            **{key: data["eval"][key] for key in ("split", "fingerprint")},
+            **{key: data["eval"][key] for key in ("split", "fingerprint", "classes") if key in data["eval"]},
+            "model_classes": len(data["label_names"]),
             "held_out": recipe["data"]["holdout"],
             **{key: recipe["data"][key] for key in ("image_column", "label_column")},
             **data["spec"],

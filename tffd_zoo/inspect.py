@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .classifier import as_rgb
 from .cli import run_cli
-from .data import ImageSource, ImageSpec, eval_loader, open_source
+from .data import EVAL_SPLITS, ImageSource, ImageSpec, eval_loader, open_source
 from .known_data import portable_source
 from .loading import check_model_name, load_model
 from .losses import pair_channels
@@ -57,8 +57,8 @@ class InspectConfig:
     """A second model to set beside it, such as the plain twin."""
     data: str | None = None
     """Take the figures from images of this data set: a Hub id, a folder of parquet, an image folder, or 'digits'."""
-    split: str = "test"
-    """Split of the data set."""
+    split: str | None = None
+    """Split of the data set; validation, or else test, when not given."""
     images: int = 256
     """So many images of it, spread evenly over the split; their features are kept in memory."""
     stages: tuple[int, ...] | None = None
@@ -356,7 +356,7 @@ def table(look: Look) -> str:
 
 
 def _open_images(data: str, config: InspectConfig) -> ImageSource:
-    source = open_source(data, config.split)
+    source = open_source(data, config.split or EVAL_SPLITS)
     count = min(config.images, len(source))
     return source.subset([len(source) * position // count for position in range(count)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,30 @@ def _verify_download(name: str, model_id: str) -> None:
 # --- which logit is which class ---------------------------------------------------------------------------------------
 
 
+def known_images(name: str, known: Sequence[str] | None, source: ImageSource) -> ImageSource:
+    """Return the images of `source` whose classes are among the `known` ones; all where one side has no names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not _by_name(known, source.label_names):
+        return source
+    shared = {*(known or ())}.intersection(source.label_names)
+    part = source.of_classes(shared)
+    if not len(part):
+        raise ValueError(
+            f"{name} knows none of the classes that {source.name} has images of ({some_of(source.label_names)}); it "
+            f"knows {some_of(known or ())}: call the classes what the model calls them, or take another model"
+        )
+    return part if part.num_classes < source.num_classes else source
+
+
+def left_out(source: ImageSource, known: ImageSource) -> dict[str, Any]:
+    """What of `source` is not among its `known` images, for records."""
+    out = [label for label in source.label_names if label not in known.label_names]
+    return {"left_out_images": len(source) - len(known), "left_out_classes": out}
+
+
 def number_classes(name: str, model: nn.Module, source: ImageSource) -> ImageSource:
     """Return `source` with its classes numbered as the logits of `model` are.
 
@@ -251,24 +276,28 @@ def match_classes(name: str, known: Sequence[str] | None, logits: int, source: T
     Raises:
         ValueError: a class cannot be matched.
     """
-    if (
-        known is None
-        or tuple(known) == source.label_names
-        or not (_are_names(known) and _are_names(source.label_names))
-    ):
+    if tuple(known or ()) == source.label_names:
+        return [*range(logits)]
+    if known is None or not _by_name(known, source.label_names):
         if logits != source.num_classes:
             raise ValueError(
                 f"{name} tells {logits} classes apart but {source.name} has {source.num_classes}, and they have no "
                 "names that tell which are which; give data with the classes that it was trained on"
             )
         return [*range(logits)]
-    unknown = [label for label in source.label_names if label not in known]
-    if unknown:
+    place = {label: number for number, label in enumerate(known)}
+    if unknown := [label for label in source.label_names if label not in place]:
         raise ValueError(
             f"{name} does not know {some_of(unknown)} of {source.name} (it knows {some_of(known)}); leave those images "
             "out, call the classes what the model calls them, or take another model"
         )
-    return [known.index(label) for label in source.label_names]
+    times = Counter(known) | Counter(source.label_names)
+    if twice := [label for label in dict.fromkeys(source.label_names) if times[label] > 1]:
+        raise ValueError(
+            f"the classes of {name} and {source.name} cannot be told apart by their names: {some_of(twice)} twice; "
+            "give each a name of its own"
+        )
+    return [place[label] for label in source.label_names]
 
 
 def label_names(model: nn.Module) -> tuple[str, ...] | None:
@@ -279,6 +308,13 @@ def label_names(model: nn.Module) -> tuple[str, ...] | None:
 
 def _logits(model: Any) -> int:
     return model.num_classes
+
+
+def _by_name(known: Sequence[str] | None, labels: Sequence[str]) -> bool:
+    """Whether classes are matched by name: not where one side has no names, and numbers stand for the classes."""
+    if known is None:
+        return False
+    return not {*known}.isdisjoint(labels) or (_are_names(known) and _are_names(labels))
 
 
 def _are_names(labels: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -222,6 +222,13 @@ class ImageSource:
         """Return the images at `positions`, in that order, on the same storage."""
         positions = torch.as_tensor(positions, dtype=torch.int64)
         return replace(self, rows=self.rows[positions], labels=self.labels[positions])
+
+    def of_classes(self, label_names: Container[str]) -> ImageSource:
+        """Return the images of these classes alone; of these, each keeps its place among the others."""
+        kept = torch.tensor([name in label_names for name in self.label_names], dtype=torch.bool)
+        part = self.subset(kept[self.labels].nonzero().squeeze(1))
+        names = tuple(name for name in self.label_names if name in label_names)
+        return replace(part, labels=(kept.cumsum(0) - 1)[part.labels], label_names=names)
 
     def with_classes(self, label_names: Sequence[str]) -> ImageSource:
         """Return the same images, their classes numbered by their place in `label_names`, which has them all.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .folders import is_image_folder
 from .image_source import DatasetRows, ImageSource, class_order
-from .splits import find_split
+from .splits import find_split, usual_name
 
 if TYPE_CHECKING:
     import datasets
@@ -108,6 +108,10 @@ def _files_of_split(
 ) -> tuple[str, dict[str, list[str]]]:
     """The name of the split that is meant, and what is to be read for it, by split."""
     files = {str(name): list(paths) for name, paths in (builder.config.data_files or {}).items() if paths}
+    here = os.path.basename(os.path.abspath(data))
+    unnamed = [*files] == ["train"] and not any("train" in os.path.relpath(path, data) for path in files["train"])
+    if unnamed and usual_name(here) and os.path.isdir(data):
+        files[here] = files["train"]
     split = find_split(wanted, files, data)
     return split, {split: files[split]}
 

@@ -144,7 +144,8 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    wanted = [name for name in rows[0] if name in columns] if len(columns) > 1 else list(rows[0])
+    always = (*columns, "left_out_images")
+    wanted = [name for name in rows[0] if name in always] if len(columns) > 1 else list(rows[0])
     return markdown_table(wanted, [[_short(row[name]) for name in wanted] for row in rows])
 
 

@@ -23,7 +23,7 @@ from ..atomic import replacing_file
 from ..cli import USER_ERRORS
 from ..data import ImageSource
 from ..json_files import read_json
-from ..loading import check_model_name
+from ..loading import check_model_name, left_out
 from ..markdown import markdown_table
 from ..models.manifest import releases
 from ..pictures import house_style, save_png
@@ -63,8 +63,17 @@ class Results:
 
     measured: dict[str, dict[str, Measurement]] = field(default_factory=dict)
     """By model, then by part."""
+    sources: dict[str, ImageSource] = field(default_factory=dict)
+    """By model, the test images whose classes it knows."""
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By model, what it does not know of the test images."""
     problems: list[str] = field(default_factory=list)
     """What is missing, and why."""
+
+    def same_images(self, model: str, twin: str) -> bool:
+        """Whether two models were measured on the same test images, as far as they were measured."""
+        prints = {self.sources[name].fingerprint for name in (model, twin) if name in self.sources}
+        return len(prints) < 2
 
     def figures(self, part: Part) -> dict[str, Figures]:
         """Figures of a part by model."""
@@ -115,15 +124,17 @@ def run_suite(
     names = list(dict.fromkeys([*models, *(twin for _, twin in pairs)]))
     for name in names:
         check_model_name(name)
-    setting = Setting(config, test_subset(source, config.images), functools.cache(open_labels))
-    results = Results()
+    open_labels, results = functools.cache(open_labels), Results()
     for name in names:
         try:
             subject = make_subject(name)
+            known = subject.known(source)
         except USER_ERRORS as error:
             results.problems.append(f"{name}: {error}")
             continue
-        results.measured[name] = examine(subject, parts, dataclasses.replace(setting, holdout=held_out(name)), results)
+        results.sources[name], results.left_out[name] = test_subset(known, config.images), left_out(source, known)
+        setting = Setting(config, results.sources[name], open_labels, subject.known, held_out(name))
+        results.measured[name] = examine(subject, parts, setting, results)
     if PartialState().is_main_process:
         report(config, parts, results, pairs)
     if results.problems:
@@ -207,8 +218,10 @@ def report(config: SuiteConfig, parts: Sequence[Part], results: Results, pairs: 
         if not figures:
             continue
         rows = [{"model": name, **figures[name], **results.measured[name][part.name].facts} for name in figures]
+        if any(out["left_out_images"] for out in results.left_out.values()):
+            rows = [row | results.left_out[row["model"]] for row in rows]
         write_csv(config.out / f"{part.name}.csv", rows)
-        columns = ("model", *(part.shown or rows[0].keys() - {"model"}))
+        columns = ("model", *(part.shown or rows[0].keys()), "left_out_images")
         shown = [column for column in rows[0] if column in columns]
         print(f"\n{part.name}\n\n{_table([{name: row.get(name) for name in shown} for row in rows])}")
         if part.draw is not None:
@@ -216,9 +229,14 @@ def report(config: SuiteConfig, parts: Sequence[Part], results: Results, pairs: 
                 save_png(part.draw(figures), config.out / f"{part.name}.png")
         both = [results.measured.get(model, {}) for pair in pairs for model in pair]
         for (model, twin), ours, theirs in zip(pairs, both[::2], both[1::2], strict=True):
-            if part.name in ours and part.name in theirs:
+            if part.name in ours and part.name in theirs and results.same_images(model, twin):
                 found = differences(part, ours[part.name], theirs[part.name], config.resamples, config.suite_seed)
                 compared += [(part, model, twin, difference) for difference in found]
+    results.problems += [
+        f"{model} is not held against {twin}: they know other classes of these images"
+        for model, twin in pairs
+        if not results.same_images(model, twin)
+    ]
     if compared:
         table = [_pair_row(*one) for one in compared] + (_over_pairs(compared) if len(config.against) > 1 else [])
         write_csv(config.out / PAIRS, table)

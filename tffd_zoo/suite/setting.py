@@ -90,19 +90,21 @@ class Setting:
     """The test images."""
     open_labels: Callable[[str, str | None], ImageSource]
     """Open a split of the same data set, with the labels of this column; None: with those of `source`."""
+    known: Callable[[ImageSource], ImageSource] = lambda source: source
+    """The images whose classes the model knows, these numbered as its logits are."""
     holdout: int | None = None
     """Training images that the model's recipe held out; None: not known."""
 
     @functools.cached_property
     def train(self) -> ImageSource:
-        """The split that the models were trained on."""
+        """The split that the models were trained on, with all its classes."""
         return self.open_labels(self.config.train_split, None)
 
     @functools.cached_property
     def fit_source(self) -> ImageSource:
         """Training images to fit a temperature or a distance on: those that the recipe held out, where it did."""
         wanted = self.holdout or self.config.fit_images
-        return holdout(self.train, wanted)[1] if wanted < len(self.train) else self.train
+        return self.known(holdout(self.train, wanted)[1] if wanted < len(self.train) else self.train)
 
     @property
     def fitted_on(self) -> str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..data import ImageSource, ImageSpec, eval_loader
 from ..data.memory import Normalize
 from ..evaluation import NonFiniteLogits, eval_mode
+from ..loading import known_images, match_classes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ class Subject:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def known(self, source: ImageSource) -> ImageSource:
+        """The images of `source` whose classes the model knows, these numbered as its logits are.
+
+        Raises:
+            ValueError: there are none.
+        """
+        part = known_images(self.name, self.label_names, source)
+        numbers = match_classes(self.name, self.label_names, self.num_classes, part)
+        return part if numbers == [*range(len(numbers))] else part.with_classes(self.label_names or ())
 
     def predict(self, source: ImageSource) -> Predictions:
         """Run the model on every image of `source`, as its config wants them; once, whichever labels they have."""
