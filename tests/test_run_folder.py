@@ -169,6 +169,13 @@ def test_a_damaged_checkpoint_is_seen_before_any_of_it_is_used(
     assert run_folder.damage_of(newest)
 
 
+def test_another_digit_in_what_a_checkpoint_says_of_itself_is_damage(stopped: Path, tmp_path: Path) -> None:
+    newest = shutil.copytree(stopped / "checkpoints" / "step-00000006", tmp_path / "step-00000006")
+    about = newest / "checkpoint.json"
+    about.write_text(about.read_text().replace('"step": 6', '"step": 7'))
+    assert run_folder.damage_of(newest) == "checkpoint.json is not the file that was saved"
+
+
 def test_a_damaged_checkpoint_is_put_aside_for_the_one_before_it_and_the_run_ends_the_same(
     stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +215,7 @@ def test_no_file_of_a_checkpoint_runs_code_even_if_its_hash_is_right(name: str, 
     (newest / name).write_bytes(pickle.dumps(Payload(tmp_path / "run code")))
     about = json.loads((newest / "checkpoint.json").read_text())
     about["sha256"][name] = file_sha256(newest / name)
+    del about["sha256_of_the_rest"]
     (newest / "checkpoint.json").write_text(json.dumps(about))
     assert name in run_folder.damage_of(newest)
     assert not (tmp_path / "run code").exists()

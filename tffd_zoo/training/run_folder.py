@@ -9,6 +9,7 @@ export/                        what timm loads
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -49,8 +50,9 @@ from ..run_record import (
 from ..threads import cores_per_process
 
 CHECKPOINT = "checkpoint.json"
-"""What a checkpoint is of: its step, recipe and number of processes."""
-
+"""What a checkpoint is of: its step, recipe and number of processes, and the hashes of its files..."""
+OWN_HASH = "sha256_of_the_rest"
+"""...and of these facts."""
 
 LOCK = ".lock"
 HOLDER = ".holder.json"
@@ -188,8 +190,14 @@ class RunFolder:
                     if self.metrics_file.exists():  # no checkpoint is newer than the figures
                         sync(self.metrics_file)
                     sync(self.path)
-                    about = {"step": step, "processes": self.accelerator.num_processes, "recipe": self.recipe.to_dict()}
-                    write_json(aside / CHECKPOINT, {**about, "data": self.data, "sha256": _hashes(aside)})
+                    about = {
+                        "step": step,
+                        "processes": self.accelerator.num_processes,
+                        "recipe": self.recipe.to_dict(),
+                        "data": self.data,
+                        "sha256": _hashes(aside),
+                    }
+                    write_json(aside / CHECKPOINT, {**about, OWN_HASH: _hash_of(about)})
             except (
                 OSError,
                 RuntimeError,
@@ -256,7 +264,10 @@ class RunFolder:
 def damage_of(folder: Path) -> str:
     """What is wrong with the files of a checkpoint, "" if nothing is; none of them can run code."""
     try:
-        listed = read_json(folder / CHECKPOINT, MEND)["sha256"]
+        about = read_json(folder / CHECKPOINT, MEND)
+        if about.get(OWN_HASH, _hash_of(about)) != _hash_of(about):
+            return f"{CHECKPOINT} is not the file that was saved"
+        listed = about["sha256"]
         found = _hashes(folder)
     except (OSError, ValueError, KeyError) as error:
         return _first_line(error)
@@ -274,7 +285,7 @@ def damage_of(folder: Path) -> str:
 
 def data_record(train: TrainSource, evaluation: ImageSource, spec: ImageSpec) -> dict[str, Any]:
     """What a run is trained and evaluated on, in plain values: an export and every figure need it."""
-    splits = {
+    splits: dict[str, dict[str, Any]] = {
         role: {
             "split": source.split,
             "images": len(source),
@@ -283,6 +294,7 @@ def data_record(train: TrainSource, evaluation: ImageSource, spec: ImageSpec) ->
         }
         for role, source in (("train", train), ("eval", evaluation))
     }
+    splits["eval"]["classes"] = evaluation.num_classes - len(evaluation.classes_without_images)
     about = {"source": train.name, "revision": train.revision, **splits, "spec": dataclasses.asdict(spec)}
     return json.loads(json.dumps({**about, "label_names": list(train.label_names)}))
 
@@ -311,6 +323,11 @@ def _hashes(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != CHECKPOINT
     }
+
+
+def _hash_of(about: Mapping[str, Any]) -> str:
+    facts = {key: value for key, value in about.items() if key != OWN_HASH}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:
