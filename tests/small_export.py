@@ -16,12 +16,12 @@ from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe
 from tffd_zoo.tasks import CANONICAL
 
 
-def small_export(folder: Path, seed: int = 0, tag: str = "digits", **metrics: Any) -> Path:
-    """A run folder whose export is a tiny ResNet with the weights of `seed`, evaluated on the digits."""
+def small_export(folder: Path, seed: int = 0, tag: str = "digits", size: int = 16, **metrics: Any) -> Path:
+    """A run folder whose export is a tiny ResNet with the weights of `seed`, evaluated on digits of `size` pixels."""
     torch.manual_seed(seed)
     source = open_source("digits", "test")
     model = timm.create_model("tffd_resnet20", num_classes=10).eval()
-    spec = ImageSpec.from_model(model, input_size=(3, 16, 16))
+    spec = ImageSpec.from_model(model, input_size=(3, size, size))
     result = evaluate(model, eval_loader(source, spec, 256), device="cpu", progress=False)
     recipe = Recipe(
         name="tffd",
@@ -38,7 +38,7 @@ def small_export(folder: Path, seed: int = 0, tag: str = "digits", **metrics: An
         recipe=recipe.to_dict(),
         metrics=evaluation_record(model, result, source, spec) | metrics,
         label_names=source.label_names,
-        data_config=resolve_model_data_config(model) | {"input_size": (3, 16, 16)},
+        data_config=resolve_model_data_config(model) | {"input_size": (3, size, size)},
         environment={"hardware": "a small machine", "hours": 0.25},
     )
     return folder

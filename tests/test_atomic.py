@@ -55,6 +55,44 @@ def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path) -
     assert names(tmp_path) == {"file"}
 
 
+def test_two_writers_of_one_file_do_not_meet_and_the_last_to_finish_stays_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with replacing_file(path) as slow, slow.open("w") as file:
+        file.write("slow, ")
+        file.flush()
+        with replacing_file(path) as quick:
+            quick.write_text("quick")
+        file.write("and whole")
+        file.flush()
+        assert path.read_text() == "quick"
+    assert path.read_text() == "slow, and whole"
+    assert names(tmp_path) == {"file"}
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from tffd_zoo.atomic import replacing_file
+
+with replacing_file(sys.argv[1]) as aside:
+    aside.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_wrote_goes_with_the_next_writing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(path)], env=environment)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    assert len(names(tmp_path)) == 2
+    with replacing_file(path) as aside:
+        aside.write_text("new")
+    assert names(tmp_path) == {"file"}
+    assert path.read_text() == "new"
+
+
 def test_tensors_are_written_to_the_same_bytes_whatever_their_layout_and_the_order_of_their_metadata(
     tmp_path: Path,
 ) -> None:

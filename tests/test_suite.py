@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +16,19 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_export import small_export
 from torch import nn
 
 from tffd_zoo.data import ImageSource, ImageSpec, open_source
+from tffd_zoo.eval import EvalConfig
+from tffd_zoo.eval import main as evaluate_models
 from tffd_zoo.loading import expand_names
 from tffd_zoo.suite import calibration, corrupted, duplicates, ood, run, shifts, transfer
 from tffd_zoo.suite.classes import class_indices
 from tffd_zoo.suite.corruptions import KINDS
 from tffd_zoo.suite.cost import activations, peak_memory
 from tffd_zoo.suite.measurement import Measurement, Part, percent
-from tffd_zoo.suite.page import page
+from tffd_zoo.suite.page import page, tables
 from tffd_zoo.suite.pairs import differences, mcnemar, mean_over_pairs
 from tffd_zoo.suite.setting import SuiteConfig, parse_named
 from tffd_zoo.suite.subject import Predictions, Subject
@@ -507,12 +513,66 @@ def test_a_page_is_made_of_the_tables_alone(suite: Callable[..., Path]) -> None:
     assert "## Differences" not in page(out)
 
 
-ZOO = Path(__file__).parents[1] / "recipes" / "results" / "zoo"
+ROOT = Path(__file__).parents[1]
+ZOO = ROOT / "recipes" / "results" / "zoo"
 
 
 @pytest.mark.skipif(not (ZOO / "README.md").exists(), reason="no results of the zoo")
-def test_the_committed_page_of_the_zoo_is_that_of_its_tables() -> None:
+def test_the_committed_page_and_json_of_the_zoo_are_those_of_its_tables() -> None:
     assert page(ZOO) == (ZOO / "README.md").read_text(encoding="utf-8")
+    assert tables(ZOO) == json.loads((ZOO / "suite.json").read_text(encoding="utf-8"))
+
+
+def test_the_json_holds_the_rows_of_the_tables_with_numbers_as_numbers(suite: Callable[..., Path]) -> None:
+    out = suite("clean,calibration", against=("plain",))
+    found = json.loads((out / "suite.json").read_text())
+    assert list(found) == ["clean", "calibration", "pairs"]
+    assert found["clean"][0] == {"model": "good", "top1": 100, "top5": 100, "images": 6} | {
+        "nll": pytest.approx(float(read_csv(out / "clean.csv")[0]["nll"]), abs=0)
+    }
+    assert found["pairs"][2]["figure"] == "nll"
+    assert found["pairs"][2]["mcnemar_p"] is None
+    suite("clean")  # a later run of one part leaves the rows of the others
+    again = json.loads((out / "suite.json").read_text())
+    assert len(again["clean"]) == 1
+    assert again["calibration"] == found["calibration"]
+
+
+def test_flags_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="--against, --ood does nothing without --suite; add --suite standard"):
+        EvalConfig(("tffd_resnet20",), "digits", more=SuiteConfig(against=("other",), ood=()))
+    with pytest.raises(ValueError, match="into the folder --out; leave --json and --csv out"):
+        EvalConfig(("tffd_resnet20",), "digits", json=Path("figures.json"), more=SuiteConfig(suite="clean"))
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = f"local-dir:{small_export(tmp_path / 'run', size=32) / 'export'}"
+    parts = "clean,calibration,corruptions,duplicates,ood,transfer"
+    few = SuiteConfig(
+        suite=parts, images=41, fit_images=60, corruption_images=11, out=tmp_path / "one", kept=tmp_path / "kept"
+    )
+    use_cache(monkeypatch, tmp_path / "assets")
+    evaluate_models(EvalConfig((model,), "digits", device="cpu", more=few))
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    flags = ["--images", "41", "--fit-images", "60", "--corruption-images", "11", "--out", str(tmp_path / "two")]
+    command = ["-m", "tffd_zoo.eval", model, "--data", "digits", "--suite", parts, "--kept", str(tmp_path / "kept2")]
+    subprocess.run(
+        [sys.executable, *launch, *command, *flags],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            "HF_ASSETS_CACHE": str(tmp_path / "assets2"),  # both begin without corrupted images and make them once
+        },
+        check=True,
+        timeout=300,
+    )
+    for part in parts.split(","):
+        alone, together = read_csv(tmp_path / "one" / f"{part}.csv"), read_csv(tmp_path / "two" / f"{part}.csv")
+        assert together == alone, part
 
 
 def test_what_was_measured_is_not_measured_again(suite: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

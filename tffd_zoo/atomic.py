@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from safetensors.torch import save
 from torch import Tensor
 
@@ -17,10 +21,16 @@ from torch import Tensor
 def replacing_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there takes its place when the block succeeds.
 
-    When it fails, or the process dies, `path` is as it was.
+    When it fails, or the process dies, `path` is as it was. Several writers of one path do not meet: the last one to
+    finish stays, whole.
     """
-    path = Path(path)
-    aside = _aside(path, "partial")
+    path = Path(path).absolute()  # so that "." has a name
+    ours = f".{path.name}.{socket.gethostname()}."
+    for left in path.parent.glob(f"{glob.escape(ours)}*.partial"):
+        writer = left.name.removeprefix(ours).partition("-")[0]
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):  # killed in the middle of it
+            left.unlink(missing_ok=True)
+    aside = path.with_name(f"{ours}{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield aside
         sync(aside)

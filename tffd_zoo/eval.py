@@ -34,7 +34,7 @@ from .evaluation import FIGURES, evaluate, evaluation_record
 from .loading import check_model_name, expand_names, known_images, label_names, left_out, load_model, order_logits
 from .markdown import markdown_table
 from .ranges import COUNT, NOT_NEGATIVE, check_ranges
-from .suite import Subject, SuiteConfig, run_suite
+from .suite import STANDARD, Subject, SuiteConfig, run_suite
 from .threads import use_threads
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,6 +82,12 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, batch_size=COUNT, workers=NOT_NEGATIVE, threads=COUNT)
+        if self.more.suite is not None and (self.json or self.csv):
+            raise ValueError("--suite writes JSON and CSV into the folder --out; leave --json and --csv out")
+        unused = [name for name, value in vars(self.more).items() if value != getattr(SuiteConfig(), name)]
+        if self.more.suite is None and unused:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            raise ValueError(f"{flags} does nothing without --suite; add --suite {STANDARD}")
 
 
 def main(config: EvalConfig) -> None:

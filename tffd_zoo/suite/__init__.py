@@ -5,7 +5,7 @@ figures out, and compares models on the same images. `python -m tffd_zoo.eval ..
 """
 
 from .run import PARTS, parse_suite, run_suite
-from .setting import SuiteConfig
+from .setting import STANDARD, SuiteConfig
 from .subject import Subject
 
-__all__ = ["PARTS", "Subject", "SuiteConfig", "parse_suite", "run_suite"]
+__all__ = ["PARTS", "STANDARD", "Subject", "SuiteConfig", "parse_suite", "run_suite"]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from huggingface_hub import cached_assets_path
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from ..data.workers import WorkerPool, default_workers
 from .classes import predict_by_class
 from .corruptions import KINDS, SEVERITIES, SIZE, Pictures, corrupt, read_frost
 from .measurement import Figures, Measurement, Part, Sample, percent
-from .setting import Setting, SuiteConfig, pixels, test_subset
+from .setting import Setting, pixels, test_subset
 from .subject import Subject
 
 if TYPE_CHECKING:
@@ -117,25 +118,23 @@ def open_arrays(folder: Path, source: ImageSource) -> Arrays:
 def make_arrays(source: ImageSource, seed: int, frost: Path | None, workers: int | None = None) -> Arrays:
     """Corrupt the images of `source`, of 32 pixels, in all ways, or find them in the cache.
 
-    Each file appears whole or not at all; what is there is kept.
+    Each file appears whole or not at all; what is there is kept. Of several processes one makes them, and the others
+    wait for it.
     """
     key = json.dumps([GENERATION, source.name, source.fingerprint, seed, str(frost)])
     folder = cached_assets_path("tffd_zoo", "corruptions", hashlib.sha256(key.encode()).hexdigest()[:16])
-    missing = [kind for kind in KINDS if not (folder / f"{kind}.npy").exists()]
-    if missing:
-        images = pixels(source, SIZE)
-        requests = [(kind, severity, part) for kind in missing for severity in SEVERITIES for part in _parts(source)]
-        worker = partial(_corrupt_part, images, source.rows.numpy(), seed, read_frost(frost) if frost else ())
-        pool = WorkerPool(worker, default_workers() if workers is None else workers)
-        with tqdm(total=len(requests), desc="corrupt", unit="batch", leave=False, disable=None) as bar:
-            made = iter(pool.map(requests))
-            for kind in missing:
-                _write(folder / f"{kind}.npy", made, len(source), bar)
+    with FileLock(folder / "lock"):
+        missing = [kind for kind in KINDS if not (folder / f"{kind}.npy").exists()]
+        if missing:
+            images, parts = pixels(source, SIZE), np.split(np.arange(len(source)), range(CHUNK, len(source), CHUNK))
+            requests = [(kind, severity, part) for kind in missing for severity in SEVERITIES for part in parts]
+            worker = partial(_corrupt_part, images, source.rows.numpy(), seed, read_frost(frost) if frost else ())
+            pool = WorkerPool(worker, default_workers() if workers is None else workers)
+            with tqdm(total=len(requests), desc="corrupt", unit="batch", leave=False, disable=None) as bar:
+                made = iter(pool.map(requests))
+                for kind in missing:
+                    _write(folder / f"{kind}.npy", made, len(source), bar)
     return Arrays(folder, len(source), np.arange(len(source)))
-
-
-def _parts(source: ImageSource) -> list[np.ndarray]:
-    return np.split(np.arange(len(source)), range(CHUNK, len(source), CHUNK))
 
 
 def _corrupt_part(
@@ -170,7 +169,7 @@ def measure(subject: Subject, setting: Setting) -> Measurement:
         _require_small(subject)
         with_frost = "the published frost" if setting.config.frost else "stand-ins for frost"
         images = f"generated, seed {setting.config.suite_seed}, {with_frost}"
-        arrays = _made_once(subject, source, setting.config)
+        arrays = make_arrays(source, setting.config.suite_seed, setting.config.frost)
     found, problems = arrays.available()
     if not found:
         raise ValueError(f"nothing in {arrays.folder} can be used: {'; '.join(problems)}")
@@ -178,18 +177,6 @@ def measure(subject: Subject, setting: Setting) -> Measurement:
     bar = tqdm(found, "corruptions", leave=False, disable=None if subject.rank == 0 else True)
     correct = {what.name: subject.logits_of(arrays.read(what)).argmax(axis=1) == targets for what in bar}
     return Measurement({"test": correct}, {"corrupted_images": images, "images": len(targets)}, tuple(problems))
-
-
-def _made_once(subject: Subject, source: ImageSource, config: SuiteConfig) -> Arrays:
-    """The first process makes the images, the others then find them."""
-    import torch.distributed as dist
-
-    if subject.world_size > 1 and subject.rank > 0:
-        dist.barrier()
-    arrays = make_arrays(source, config.suite_seed, config.frost)
-    if subject.world_size > 1 and subject.rank == 0:
-        dist.barrier()
-    return arrays
 
 
 def _require_small(subject: Subject) -> None:

@@ -84,6 +84,8 @@ def seconds_each(run: Callable[[], object], wait: Callable[[], object] = lambda:
 
 
 def measure(subject: Subject, setting: Setting) -> Measurement:
+    if subject.rank > 0:  # two that are timed at once would slow each other down; the first process's times are written
+        return Measurement()
     model, size, device = subject.model, subject.spec.input_size, subject.device
     parameters, macs = model_cost(model, size)
     image = torch.randn(1, *size, device=device).to(memory_format=torch.channels_last)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from huggingface_hub import cached_assets_path
 
 from ..atomic import replacing_file
@@ -106,10 +107,11 @@ def _sought(source: ImageSource, train: ImageSource) -> np.ndarray:
     """Likeness of each test image to its nearest training image, from the cache where it was sought before."""
     folder = cached_assets_path("tffd_zoo", "duplicates", f"{source.fingerprint}-{train.fingerprint}-{SIDE}")
     path = folder / "likeness.npy"
-    if not path.exists():
-        likeness = nearest_likeness(pixels(source, SIDE), pixels(train, SIDE))
-        with replacing_file(path) as aside, aside.open("wb") as file:
-            np.save(file, likeness)
+    with FileLock(folder / "lock"):  # of several processes one seeks, and the others wait for it
+        if not path.exists():
+            likeness = nearest_likeness(pixels(source, SIDE), pixels(train, SIDE))
+            with replacing_file(path) as aside, aside.open("wb") as file:
+                np.save(file, likeness)
     return np.load(path)
 
 

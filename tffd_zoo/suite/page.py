@@ -1,16 +1,19 @@
-"""The suite's tables on one page, with what they do not say: made from the CSV files beside it alone."""
+"""The suite's tables on one page, with what they do not say, and as one JSON file: made from the CSV files alone."""
 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..atomic import replacing_file
+from ..json_files import write_json
 from ..markdown import markdown_table
 
 PAGE = "README.md"
+JSON = "suite.json"
 PAIRS = "pairs.csv"
 Row = Mapping[str, str]
 
@@ -111,9 +114,28 @@ PAIRS_TEXT = (
 
 
 def write_page(folder: Path) -> None:
-    """Write the page of the CSV files in `folder`."""
+    """Write the page of the CSV files in `folder`, and their rows as JSON."""
     with replacing_file(folder / PAGE) as aside:
         aside.write_text(page(folder), encoding="utf-8")
+    write_json(folder / JSON, tables(folder))
+
+
+def tables(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every CSV file in `folder` by the name of the part, numbers as numbers."""
+    files = [*(f"{section.part}.csv" for section in SECTIONS), PAIRS]
+    rows = {file.removesuffix(".csv"): _read(folder / file) for file in files if (folder / file).exists()}
+    return {part: [{name: _value(cell) for name, cell in row.items()} for row in found] for part, found in rows.items()}
+
+
+def _value(cell: str) -> str | float | None:
+    """A cell as JSON has it: a number, a text, or null where there is none or it is not finite."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return cell or None
+    if not math.isfinite(value):
+        return None
+    return int(cell) if cell.isdecimal() else value
 
 
 def page(folder: Path) -> str:
