@@ -53,6 +53,7 @@ from .timing import Row, Step, compare, interleave, peak_memory, summary
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmark"
 PLAIN, TFFD = SHORT, vary(SHORT, "tffd", tffd=CANONICAL)
+BF16: dict[str, Any] = {"run": {"precision": "bf16"}}
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 
 
@@ -165,23 +166,32 @@ def steps(bench: Bench) -> Iterator[Row]:
 
 
 def remains(bench: Bench) -> Iterator[Row]:
-    """The profile of a step: what the operations of an eager ResNet-20 step take with Tf-FD, less without."""
-    taken: dict[str, list[dict[str, float]]] = {}
-    for name, recipe in twins(*STEPS[0][:3]).items():
-        step = TrainingStep(recipe, bench)
-        for _ in range(3):
-            step()
-        for _ in range(bench.rounds(10)):
-            with profile(activities=[ProfilerActivity.CPU]) as profiled:
-                step()
-            times = {event.key: event.self_cpu_time_total / 1000 for event in profiled.key_averages()}
-            taken.setdefault(name, []).append(times)
-    extra = {
-        key: [with_[key] - without.get(key, 0.0) for with_, without in zip(taken["tffd"], taken["plain"], strict=True)]
-        for key in taken["tffd"][0]
+    """The profile of an eager step: what its operations take with Tf-FD, less without; the twelve that take most."""
+    wide = twins("tffd_wrn16_2", 32, 64)
+    cases = {
+        "resnet20, batch 128, float32": twins(*STEPS[0][:3]),
+        "wrn16_2, batch 64, bf16": {name: vary(recipe, name, **BF16) for name, recipe in wide.items()},
     }
-    for key in sorted(extra, key=lambda key: -statistics.median(extra[key]))[:12]:
-        yield summary("remains", f"`{key}`", extra[key], unit="ms")
+    for case, recipes in cases.items():
+        taken: dict[str, list[dict[str, float]]] = {}
+        for name, recipe in recipes.items():
+            step = TrainingStep(recipe, bench)
+            for _ in range(3):
+                step()
+            for _ in range(bench.rounds(10)):
+                with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                    step()
+                times = {event.key: event.self_cpu_time_total / 1000 for event in profiled.key_averages()}
+                taken.setdefault(name, []).append(times)
+        extra = {
+            key: [
+                with_.get(key, 0.0) - without.get(key, 0.0)
+                for with_, without in zip(taken["tffd"], taken["plain"], strict=True)
+            ]
+            for key in taken["tffd"][0]
+        }
+        for key in sorted(extra, key=lambda key: -statistics.median(extra[key]))[:12]:
+            yield summary("remains", f"{case}: `{key}`", extra[key], unit="ms")
 
 
 def layouts(bench: Bench) -> Iterator[Row]:
@@ -204,14 +214,13 @@ def layouts(bench: Bench) -> Iterator[Row]:
 
 def precision(bench: Bench) -> Iterator[Row]:
     """Eager steps under bf16 autocast: plain ones over those in float32, and Tf-FD's losses and KD over plain ones."""
-    bf16 = {"run": {"precision": "bf16"}}
     for model, batch, rounds in (("tffd_resnet20", 128, 20), ("tffd_wrn16_2", 64, 10), ("tffd_resnet18", 64, 10)):
         pair = twins(model, 32, batch)
-        recipes = {"float32": pair["plain"], "plain": vary(pair["plain"], "plain", **bf16)}
+        recipes = {"float32": pair["plain"], "plain": vary(pair["plain"], "plain", **BF16)}
         for loss in ("l2", "at", "sp", "ickd"):
-            recipes[loss] = vary(pair["tffd"], loss, tffd={"intra_loss": loss, "inter_loss": loss}, **bf16)
+            recipes[loss] = vary(pair["tffd"], loss, tffd={"intra_loss": loss, "inter_loss": loss}, **BF16)
         if model == PLAIN.model:
-            recipes["KD"] = vary(knowledge_distillation(bench), "KD", **bf16)
+            recipes["KD"] = vary(knowledge_distillation(bench), "KD", **BF16)
         times = interleave(
             {name: TrainingStep(r, bench) for name, r in recipes.items()}, bench.rounds(rounds), warmup=1
         )
