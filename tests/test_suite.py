@@ -451,6 +451,42 @@ def test_arrays_of_other_images_are_refused(
         corrupted.open_arrays(made.folder, colours)
 
 
+def test_for_many_images_a_network_is_compiled_and_sees_them_as_before(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("tffd_resnet8x4", num_classes=10)
+    for norm in model.modules():  # statistics that folding must take along
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.uniform_(-1, 1)
+            norm.running_var.uniform_(0.5, 2)
+    subject = Subject("eight", model, SPEC, batch_size=4)
+    images = rng.integers(0, 256, (10, 32, 32, 3), np.uint8)  # two whole batches and half of one
+    before = subject.logits_of(images)
+    monkeypatch.setattr("tffd_zoo.suite.subject.COMPILED_FROM", 11)
+    subject.expect(10)
+    assert subject._compiled is None
+    subject.expect(11)
+    compiled, batches = subject._compiled, []
+    assert compiled is not None
+    subject._compiled = lambda images: batches.append(len(images)) or compiled(images)
+    assert subject.logits_of(images) == pytest.approx(before, rel=1e-4, abs=1e-5)
+    assert batches == [4, 4]
+
+
+def test_without_a_compiler_a_network_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def without_compiler(images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("there is no C++ compiler\nand a long explanation")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: without_compiler)
+    subject = colour_subject()
+    subject.expect(10**6)
+    assert caplog.messages == ["colour cannot be compiled, so it takes longer: there is no C++ compiler"]
+    assert subject.logits_of(np.zeros((4, 32, 32, 3), np.uint8)).shape == (4, 3)
+
+
 def test_a_heat_map_is_drawn_of_what_there_is() -> None:
     figure = corrupted.draw({"one": {"fog.1": 50.0, "fog.2": 40.0}, "two": {"snow.3": 10.0}})
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["snow", "fog"]

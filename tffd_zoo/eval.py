@@ -54,8 +54,8 @@ class EvalConfig:
     """A Hub data set id, a folder of parquet files, an image folder, or 'digits' (ships with scikit-learn)."""
     split: str | None = None
     """Split to evaluate on; validation, or else test, when not given."""
-    batch_size: int = 256
-    """Images per batch and process."""
+    batch_size: int | None = None
+    """Images per batch and process; when not given 64 on a CPU, whose caches hold no more, and 256 elsewhere."""
     image_column: str | None = None
     """Column of the images; found by its name or type when not given."""
     label_column: str | None = None
@@ -120,7 +120,7 @@ def main(config: EvalConfig) -> None:
                 loaders[images] = eval_loader(
                     known,
                     spec,
-                    config.batch_size,
+                    _batch_size(config, device),
                     rank=state.process_index,
                     world_size=state.num_processes,
                     workers=config.workers,
@@ -137,7 +137,7 @@ def main(config: EvalConfig) -> None:
             record = evaluation_record(model, result, known, spec)
             settings = {
                 **left_out(source, known),
-                "batch_size": config.batch_size,
+                "batch_size": _batch_size(config, device),
                 "precision": config.precision,
                 "processes": state.num_processes,
                 "threads": threads,
@@ -208,7 +208,7 @@ def _run_suite(
             spec,
             _ordered_names(model, known),
             device,
-            config.batch_size,
+            _batch_size(config, device),
             PRECISIONS[config.precision],
             config.workers,
             state.process_index,
@@ -253,6 +253,11 @@ def write_records(records: Sequence[Mapping[str, Any]], json_file: Path | None, 
             writer = csv.DictWriter(file, [*rows[0], *records[0]["evaluation"]])
             writer.writeheader()
             writer.writerows(row | record["evaluation"] for row, record in zip(rows, records, strict=True))
+
+
+def _batch_size(config: EvalConfig, device: torch.device) -> int:
+    # the feature maps of 256 CIFAR images do not fit into a CPU's cache: ResNet-20 takes half as long again
+    return config.batch_size or (64 if device.type == "cpu" else 256)
 
 
 def _processes_and_device(wanted: str | None) -> tuple[PartialState, torch.device]:

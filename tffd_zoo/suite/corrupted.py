@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -174,8 +176,14 @@ def measure(subject: Subject, setting: Setting) -> Measurement:
     if not found:
         raise ValueError(f"nothing in {arrays.folder} can be used: {'; '.join(problems)}")
     targets = source.labels.numpy()
+    images_in_all = len(found) * len(targets)
+    subject.expect(images_in_all)
+    start = time.perf_counter()
     bar = tqdm(found, "corruptions", leave=False, disable=None if subject.rank == 0 else True)
     correct = {what.name: subject.logits_of(arrays.read(what)).argmax(axis=1) == targets for what in bar}
+    if subject.rank == 0:
+        speed = images_in_all / (time.perf_counter() - start)
+        print(f"{subject.name}: {images_in_all:,} corrupted images, {speed:,.0f} images/s", file=sys.stderr)
     return Measurement({"test": correct}, {"corrupted_images": images, "images": len(targets)}, tuple(problems))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,11 @@ from ..data import ImageSource, ImageSpec, eval_loader
 from ..data.memory import Normalize
 from ..evaluation import NonFiniteLogits, eval_mode
 from ..loading import known_images, match_classes
+
+_logger = logging.getLogger(__name__)
+
+COMPILED_FROM = 100_000
+"""Images that are worth the ten seconds of compiling a network for a CPU."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Subject:
     rank: int = 0
     world_size: int = 1
     _predicted: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    _compiled: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -94,6 +102,24 @@ class Subject:
             self._predicted[key] = self._run((batch.images for batch in loader), len(loader), with_features=True)
         return Predictions(*self._predicted[key], source.labels.numpy())
 
+    def expect(self, images: int) -> None:
+        """Told how many images :meth:`logits_of` will be asked about: for many, a CPU gets the network compiled.
+
+        Batch normalisation is folded into the convolutions then, and logits differ in their last bits.
+        """
+        if self._compiled is not None or self.device.type != "cpu" or images < COMPILED_FROM * self.world_size:
+            return
+        torch.compiler.reset()  # what was compiled for an earlier model counts against the limit of this one's code
+        compiled = torch.compile(self.model, dynamic=False, options={"freezing": True})
+        try:
+            with self._inference():
+                compiled(self._on_device(torch.zeros(self.batch_size, *self.spec.input_size)))
+        except Exception as error:  # what a missing or a failing compiler raises has no common base
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            _logger.warning("%s cannot be compiled, so it takes longer: %s", self.name, reason[0])
+        else:
+            self._compiled = compiled
+
     def logits_of(self, images: np.ndarray) -> np.ndarray:
         """Run the model on uint8 images (N, H, W, 3), which must have the size of its input: logits (N, classes).
 
@@ -126,21 +152,31 @@ class Subject:
     def _run(self, batches: Iterable[Tensor], count: int, with_features: bool) -> tuple[np.ndarray, np.ndarray]:
         logits, features = [], []
         hide_bar = None if self.rank == 0 and count > 8 else True
-        autocast = torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
-        with eval_mode(self.model), torch.inference_mode(), autocast:
+        model: Any = self.model
+        with self._inference():
             for images in tqdm(batches, self.name, count, unit="batch", leave=False, disable=hide_bar):
-                images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                model: Any = self.model
+                images = self._on_device(images)
                 if with_features:
                     maps = model.forward_features(images)
                     features.append(model.forward_head(maps, pre_logits=True).float().cpu().numpy())
                     logits.append(model.forward_head(maps).float().cpu().numpy())
-                else:
-                    logits.append(model(images).float().cpu().numpy())
+                else:  # what was compiled is for whole batches
+                    whole = len(images) == self.batch_size
+                    network = self._compiled if self._compiled is not None and whole else model
+                    logits.append(network(images).float().cpu().numpy())
         gathered_logits = self._gather(logits, self.num_classes)
         if not np.isfinite(gathered_logits).all():
             raise NonFiniteLogits(f"the logits of {self.name} are not finite: its weights are broken or diverged")
         return gathered_logits, self._gather(features, 0)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        autocast = torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+        with eval_mode(self.model), torch.inference_mode(), autocast:
+            yield
+
+    def _on_device(self, images: Tensor) -> Tensor:
+        return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
 
     def _gather(self, arrays: list[np.ndarray], width: int) -> np.ndarray:
         """The rows of all processes, in the order of the ranks, which is that of the images."""
