@@ -21,14 +21,16 @@ from tffd_zoo.cards import (
     render_card,
     render_results,
     render_students,
+    render_suite,
 )
 from tffd_zoo.data import ImageSpec
 from tffd_zoo.evaluation import EvalResult
-from tffd_zoo.models import Metrics, Release, Training, WheelFile, releases
+from tffd_zoo.models import Metrics, Release, Training, WheelFile
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, vary
 from tffd_zoo.tasks import CANONICAL, KDConfig, TeacherConfig, method_tag
 
-MODEL_CARD = Path(__file__).parents[1] / "MODEL_CARD.md"
+ROOT = Path(__file__).parents[1]
+MODEL_CARD = ROOT / "MODEL_CARD.md"
 TFFD = Recipe(
     name="tffd",
     model="tffd_resnet20",
@@ -337,10 +339,11 @@ def test_the_zoos_table_says_which_images_were_held_out_and_which_chose_the_weig
     assert "| uoft-cs/cifar100, test (images held out) |" in render_results([entry(held_out=5_000)])
 
 
-def test_the_command_replaces_the_figures_and_nothing_else(tmp_path: Path) -> None:
+def test_the_command_replaces_the_figures_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     card = tmp_path / "CARD.md"
     card.write_text(f"before\n{marks('results')[0]}\nold figures\n{marks('results')[1]}\nafter\n")
-    with pytest.raises(ValueError, match="not up to date with the manifest"):
+    with pytest.raises(ValueError, match="not up to date with manifest and suite"):
         main(CardsConfig((card,), check=True))
     assert "old figures" in card.read_text()
     main(CardsConfig((card,)))
@@ -350,7 +353,8 @@ def test_the_command_replaces_the_figures_and_nothing_else(tmp_path: Path) -> No
     main(CardsConfig((card,), check=True))
 
 
-def test_a_card_without_a_place_for_the_figures_is_left_alone(tmp_path: Path) -> None:
+def test_a_card_without_a_place_for_the_figures_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     card = tmp_path / "CARD.md"
     card.write_text("nothing to see")
     with pytest.raises(ValueError, match="has no place for the figures"):
@@ -358,19 +362,64 @@ def test_a_card_without_a_place_for_the_figures_is_left_alone(tmp_path: Path) ->
     assert card.read_text() == "nothing to see"
 
 
-def test_the_zoos_card_and_the_readme_have_the_figures_of_the_manifest() -> None:
-    root = MODEL_CARD.parent
-    main(CardsConfig((MODEL_CARD, root / "README.md"), check=True))
+def test_the_zoos_card_and_the_readme_have_the_figures_of_the_manifest_and_the_suite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    main(CardsConfig(check=True))
+    assert all(mark in MODEL_CARD.read_text() for mark in (*marks("results"), *marks("suite")))
+    assert all(mark in (ROOT / "README.md").read_text() for mark in marks("students"))
 
 
 def test_the_zoos_card_cites_what_the_release_cards_cite() -> None:
     assert CITATION in MODEL_CARD.read_text()
 
 
-def test_the_students_stand_beside_their_plain_twins() -> None:
-    table = render_students(releases())
-    row = next(line for line in table.splitlines() if line.startswith("| `tffd_resnet20.c100`"))
-    by_name = {entry.name: entry.metrics.result.top1 for entry in releases()}
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2:4] == [f"{by_name['tffd_resnet20.c100']:.2f}", f"{by_name['tffd_resnet20.ce_c100']:.2f}"]
+SUITE: Any = {
+    "clean": [{"model": "tffd_resnet20.c100", "top1": 68.5}, {"model": "tffd_resnet20.ce_c100", "top1": 68.7}],
+    "calibration": [{"model": "tffd_resnet20.c100", "ece": 4.5}],
+    "corruptions": [
+        {"model": "tffd_resnet20.c100", "mean": 41.006, "images": 1000, "corrupted_images": "generated, seed 3"},
+        {"model": "tffd_resnet20.ce_c100", "mean": 42, "images": 1000, "corrupted_images": "generated, seed 3"},
+    ],
+    "pairs": [
+        {"part": "corruptions", "figure": "mean", "model": "tffd_resnet20.c100", "against": "tffd_resnet20.ce_c100"}
+        | {"difference": -0.994, "low": -2, "high": 0.5},
+        {"part": "corruptions", "figure": "mean", "model": "mean of 2 pairs", "against": None}
+        | {"difference": -1, "low": -9, "high": 9},
+    ],
+}
+"""What the suite wrote of two releases: figures to six digits, some parts not measured."""
+TWINS = [release("c100", 6_850, TFFD), release("ce_c100", 6_870, PLAIN)]
+
+
+def cells_of(table: str, start: str) -> list[str]:
+    row = next(line for line in table.splitlines() if line.startswith(f"| `{start}`"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_students_stand_beside_their_twins_by_manifest_and_suite() -> None:
+    table = render_students(TWINS, SUITE)
+    assert cells_of(table, "tffd_resnet20.c100")[2:5] == ["68.50 (68.70)", "4.50 (4.50)", "41.01 (42.00)"]
     assert "`tffd_resnet20.ce_c100`" not in table
+    assert "(1,000 images each, generated, seed 3)" in table
+    assert "what other seeds would give is not shown" in table
+    alone = render_students(TWINS[:1], {})
+    assert cells_of(alone, "tffd_resnet20.c100")[2:5] == ["68.50 (-)", "4.50 (-)", "- (-)"]
+
+
+def test_the_suites_figures_stand_with_their_intervals_and_what_they_do_not_say() -> None:
+    block = render_suite(TWINS, SUITE)
+    assert cells_of(block, "tffd_resnet20.c100")[1:] == ["4.50", "41.01", "-", "-", "-"]
+    assert "- `tffd_resnet20.c100` minus `tffd_resnet20.ce_c100`: corrupted % -0.99 [-2.00, 0.50]" in block
+    assert "-9.00" not in block
+    assert "no difference here is shown to be an effect of Tf-FD" in block
+
+
+def test_what_the_suite_measured_of_other_weights_is_left_out() -> None:
+    again = [release("c100", 6_851, TFFD), TWINS[1]]  # released anew under the same name
+    block = render_suite(again, SUITE)
+    assert "`tffd_resnet20.c100`" not in block
+    assert cells_of(block, "tffd_resnet20.ce_c100")[2] == "42.00"
+    assert cells_of(render_students(again, SUITE), "tffd_resnet20.c100")[4] == "- (42.00)"
+    assert "No weights" in render_suite(again[:1], SUITE)

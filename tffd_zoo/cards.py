@@ -1,7 +1,8 @@
 """Model cards made from what a run recorded: its recipe, its metrics and those of its plain twin.
 
 Every figure and every claim in a card comes from those records; a card claims nothing that they do not show. The zoo's
-own card, MODEL_CARD.md, gets its figures from the manifest: `python -m tffd_zoo.cards` writes them anew.
+own card, MODEL_CARD.md, gets its figures from the manifest and the evaluation suite: `python -m tffd_zoo.cards` writes
+them anew.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -18,6 +20,7 @@ from .atomic import replacing_file
 from .cli import run_cli
 from .data.splits import same_split
 from .evaluation import FIGURES
+from .json_files import read_json
 from .known_data import Dataset, find_dataset
 from .markdown import bullets, code, escaped, markdown_table
 from .models import HubFile, Release, releases
@@ -397,50 +400,147 @@ def _licence(info: CardInfo) -> str:
 # --- the zoo's own card -----------------------------------------------------------------------------------------------
 
 
-def render_students(entries: Sequence[Release]) -> str:
+Suite = Mapping[str, Sequence[Mapping[str, Any]]]
+"""The rows of every part of the evaluation suite, as in its `suite.json`."""
+
+
+class SuiteFigure(NamedTuple):
+    """A figure of the suite that the cards show."""
+
+    part: str
+    name: str
+    heading: str
+
+
+CORRUPTED = SuiteFigure("corruptions", "mean", "corrupted %")
+SHOWN = (
+    SuiteFigure("calibration", "ece", "ECE %"),
+    CORRUPTED,
+    SuiteFigure("duplicates", "top1_without", "no duplicates %"),
+    SuiteFigure("ood", "digits_energy_auroc", "digits, AUROC %"),
+    SuiteFigure("transfer", "coarse_linear", "coarse classes %"),
+)
+
+
+def render_students(entries: Sequence[Release], suite: Suite) -> str:
     """Return the students at a glance: what each reaches beside its plain twin, and its size."""
-    top1 = {entry.name: f"{entry.metrics.result.top1:.2f}" for entry in entries}
-    rows = []
-    for entry in entries:
-        if entry.tag.startswith("ce_"):
-            continue
-        data = f"{entry.metrics.dataset}, {entry.input.input_size[-1]} px"
-        twin = top1.get(f"{entry.architecture}.ce_{entry.tag}", "-")
-        rows.append([f"`{entry.name}`", data, top1[entry.name], twin, f"{entry.size / 1e6:.1f}"])
-    return markdown_table(["student", "trained on", "top-1 %", "its plain twin", "MB"], rows)
+    by_name = {entry.name: entry for entry in entries}
+
+    def beside_twin(entry: Release, shown: Callable[[Release], str]) -> str:
+        twin = by_name.get(f"{entry.architecture}.ce_{entry.tag}")
+        return f"{shown(entry)} ({shown(twin) if twin else '-'})"
+
+    figures: tuple[Callable[[Release], str], ...] = (
+        *(partial(_figure_of, name) for name in ("top1", "ece")),
+        lambda entry: _suite_figure(suite, entry, CORRUPTED),
+    )
+    rows = [
+        [
+            f"`{entry.name}`",
+            f"{entry.metrics.dataset}, {entry.input.input_size[-1]} px",
+            *(beside_twin(entry, shown) for shown in figures),
+            f"{entry.size / 1e6:.1f}",
+        ]
+        for entry in entries
+        if not entry.tag.startswith("ce_")
+    ]
+    headings = [FIGURES["top1"].heading, FIGURES["ece"].heading, CORRUPTED.heading]
+    table = markdown_table(["student", "trained on", *headings, "MB"], rows)
+    return (
+        f"{table}\n\nIn brackets: its plain twin, the same recipe and seed without Tf-FD. {_conditions(suite)}One run "
+        "each: what other seeds would give is not shown."
+    )
 
 
-TABLES: dict[str, Callable[[Sequence[Release]], str]] = {"results": render_results, "students": render_students}
+def render_suite(entries: Sequence[Release], suite: Suite) -> str:
+    """Return what the suite measured of all releases, the differences between twins, and what neither says."""
+    measured = [entry for entry in entries if _is_current(suite, entry)]
+    if not measured:
+        return "No weights that are released now were evaluated by the suite."
+    rows = [[f"`{entry.name}`", *(_suite_figure(suite, entry, figure) for figure in SHOWN)] for entry in measured]
+    table = markdown_table(["weights", *(figure.heading for figure in SHOWN)], rows)
+    names = {entry.name for entry in measured}
+    differences: dict[tuple[str, str], list[str]] = {}
+    for figure in SHOWN:
+        for pair in suite.get("pairs", ()):
+            twins = pair["model"], pair["against"]
+            if (pair["part"], pair["figure"]) == figure[:2] and {*twins} <= names:
+                interval = f"{pair['difference']:.2f} [{pair['low']:.2f}, {pair['high']:.2f}]"
+                differences.setdefault(twins, []).append(f"{figure.heading} {interval}")
+    lines = [
+        *filter(None, [_conditions(suite).strip()]),
+        *(f"`{model}` minus `{twin}`: {', '.join(found)}" for (model, twin), found in differences.items()),
+        "Intervals (95 %, bootstrap) are of other test images for these very weights. There is one run each, and "
+        "another seed can move a figure by more: no difference here is shown to be an effect of Tf-FD.",
+    ]
+    return f"{table}\n\n{bullets(lines)}"
+
+
+def _figure_of(name: str, entry: Release) -> str:
+    return FIGURES[name].shown(entry.metrics.result.figures.get(name))
+
+
+def _row(suite: Suite, part: str, name: str) -> Mapping[str, Any]:
+    return next((row for row in suite.get(part, ()) if row["model"] == name), {})
+
+
+def _is_current(suite: Suite, entry: Release) -> bool:
+    """Whether the suite measured these very weights, as far as their accuracy tells: not others of that name."""
+    top1 = _row(suite, "clean", entry.name).get("top1")
+    return top1 is not None and FIGURES["top1"].shown(top1) == _figure_of("top1", entry)
+
+
+def _suite_figure(suite: Suite, entry: Release, figure: SuiteFigure) -> str:
+    value = _row(suite, figure.part, entry.name).get(figure.name) if _is_current(suite, entry) else None
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _conditions(suite: Suite) -> str:
+    """What the corrupted images were, as a sentence."""
+    found = {f"{row['images']:,} images each, {row['corrupted_images']}" for row in suite.get("corruptions", ())}
+    if not found:
+        return ""
+    return f"Corrupted: mean top-1 over CIFAR-C's 15 kinds at 5 severities ({'; '.join(sorted(found))}). "
+
+
+TABLES: dict[str, Callable[[Sequence[Release], Suite], str]] = {
+    "results": lambda entries, suite: render_results(entries),
+    "students": render_students,
+    "suite": render_suite,
+}
 """Tables by the name in the marks around them."""
 
 
 @dataclass(frozen=True)
 class CardsConfig:
-    """Write the figures of all releases into the zoo's own card and the README, from the manifest."""
+    """Write the figures of all releases into the zoo's own card and the README, from the manifest and the suite."""
 
     cards: tuple[Path, ...] = (Path("MODEL_CARD.md"), Path("README.md"))
     """The files; what stands between their marks is replaced."""
+    suite: Path = Path("recipes/results/zoo/suite.json")
+    """What `python -m tffd_zoo.eval ... --suite` measured of the releases; figures of other weights are left out."""
     check: bool = False
-    """Change nothing, and fail if the figures are not those of the manifest."""
+    """Change nothing, and fail if the figures are not those of the manifest and the suite."""
 
 
 def main(config: CardsConfig) -> None:
-    """Bring the tables up to date with the manifest.
+    """Bring the tables up to date with the manifest and the suite.
 
     Raises:
         ValueError: a file lacks its marks, or `check` finds it out of date.
     """
+    suite = read_json(config.suite, "measure the releases again, with python -m tffd_zoo.eval ... --suite")
     for path in config.cards:
         card = path.read_text()
-        fresh = with_tables(card, str(path))
+        fresh = with_tables(card, str(path), suite)
         if config.check and fresh != card:
-            raise ValueError(f"{path} is not up to date with the manifest; run python -m tffd_zoo.cards")
+            raise ValueError(f"{path} is not up to date with manifest and suite; run python -m tffd_zoo.cards")
         if fresh != card:
             with replacing_file(path) as aside:
                 aside.write_text(fresh)
 
 
-def with_tables(text: str, name: str) -> str:
+def with_tables(text: str, name: str, suite: Suite) -> str:
     """Replace what stands between the marks of every table that `text` has a place for.
 
     Raises:
@@ -452,7 +552,7 @@ def with_tables(text: str, name: str) -> str:
     for table in places:
         begin, end = marks(table)
         head, _, rest = text.partition(begin)
-        text = f"{head}{begin}\n\n{TABLES[table](releases())}\n\n{end}{rest.partition(end)[2]}"
+        text = f"{head}{begin}\n\n{TABLES[table](releases(), suite)}\n\n{end}{rest.partition(end)[2]}"
     return text
 
 
