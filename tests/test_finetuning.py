@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_export import small_export
 from timm.optim import create_optimizer_v2
+from torch import nn
 
 from tffd_zoo.export_record import verify_export
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, vary
@@ -107,6 +108,33 @@ def test_freezing_takes_the_stem_and_then_the_stages() -> None:
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {"fc.weight", "fc.bias"}
     with pytest.raises(ValueError, match="--freeze 6 is out of range: the head of this model stands on 5 layer groups"):
         freeze_layers(model, 6)
+
+
+def test_freezing_the_stem_of_a_vision_transformer_leaves_its_blocks_in_training_mode() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=10).train()
+    freeze_layers(model, 1)
+    assert not model.pos_embed.requires_grad
+    keep_frozen(model)
+    assert not model.patch_embed.proj.training
+    assert all(module.training for module in model.blocks.modules())
+
+
+def test_lambdas_are_chosen_with_what_is_frozen_in_evaluation_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+    choose = DistillationTask.choose_lambdas
+
+    def spy(task: DistillationTask, *args: Any, **kwargs: Any) -> dict[str, float]:
+        norms = [module for module in task.get_eval_model().modules() if isinstance(module, nn.BatchNorm2d)]
+        seen.append((norms[0].training, norms[-1].training))
+        return choose(task, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTask, "choose_lambdas", spy)
+    start = small_export(tmp_path / "start") / "export"
+    run = {"output": tmp_path / "finetuned", "max_steps": 1}
+    train(recipe(model=f"local-dir:{start}", optim={"freeze": 2}, tffd={"share_intra": 0.05}, run=run))
+    assert seen == [(False, True)]
 
 
 def test_a_run_from_an_export_leaves_frozen_layers_to_the_bit_and_says_where_it_started(tmp_path: Path) -> None:

@@ -186,6 +186,23 @@ def test_choosing_leaves_nothing_behind_but_lambdas() -> None:
     assert all(parameter.grad is None for parameter in task.parameters())
 
 
+def test_frozen_batch_norms_are_measured_as_training_has_them() -> None:
+    def chosen(frozen: bool, mode: bool) -> float:
+        task = TfFDTask(tiny(), replace(UNSCHEDULED, share_inter=0.05, lambda_intra=0.0))
+        norms = [module for module in task.modules() if isinstance(module, nn.BatchNorm2d)]
+        task.train(mode)
+        if frozen:
+            for norm in norms:
+                norm.eval()
+        (value,) = task.choose_lambdas([a_batch(4)]).values()
+        assert task.training == mode
+        assert all(norm.training == (mode and not frozen) for norm in norms)
+        return value
+
+    assert chosen(frozen=True, mode=True) != pytest.approx(chosen(frozen=False, mode=True), rel=0.01)
+    assert chosen(frozen=False, mode=False) == pytest.approx(chosen(frozen=False, mode=True))
+
+
 def test_micro_batches_give_the_lambda_of_the_undivided_batch() -> None:
     def chosen(accumulate: int) -> dict[str, float]:
         model = tiny("convnext_atto")  # no batch statistics, which each micro-batch would have of its own

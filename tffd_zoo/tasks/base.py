@@ -296,7 +296,8 @@ class DistillationTask(TrainingTask):
         """Set every lambda that is to have a gradient share, by the norms over the first steps of a run; then it stays.
 
         The weights, statistics and random numbers are left as they were. Call it where training runs: on the device,
-        under its autocast, on every process.
+        under its autocast, on every process, with BatchNorms that are frozen in training in evaluation mode already. A
+        model that is wholly in evaluation mode is measured in training mode.
 
         Args:
             batches: (images, targets) or (images, targets, positions), as training sees them.
@@ -314,9 +315,9 @@ class DistillationTask(TrainingTask):
         shares = {name: weight.share for name, weight in self.weights.items() if weight.share}
         parameters = list(self.get_eval_model().parameters())
         norms: list[dict[str, Tensor]] = []
-        mode = self.training
         with untouched(self):
-            self.train()
+            if not self.get_eval_model().training:
+                self.train()
             for objective in self.objectives:
                 objective.begin_batch(0.0, 0)
             source = iter(batches)
@@ -327,7 +328,6 @@ class DistillationTask(TrainingTask):
                     terms, _ = self.terms(*batch)
                     step.add({name: terms[name] for name in ("ce", *shares)}, len(batch[0]) / images)
                 norms.append(step.norms())
-        self.train(mode)
         if not norms:
             raise ValueError("there is no batch to choose a lambda by; pass the training loader")
         chosen = lambdas_for_shares(norms, shares)

@@ -93,8 +93,9 @@ def lambdas_for_shares(norms: Sequence[Mapping[str, Tensor]], shares: Mapping[st
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Put the buffers of `module` and the random numbers back afterwards: what ran inside leaves no trace."""
+    """Put buffers and modes of `module` and the random numbers back afterwards: what ran inside leaves no trace."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    modes = [(each, each.training) for each in module.modules()]
     with torch.random.fork_rng():
         try:
             yield
@@ -102,3 +103,5 @@ def untouched(module: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for name, buffer in module.named_buffers():
                     buffer.copy_(buffers[name])
+            for each, training in modes:
+                each.training = training

@@ -176,7 +176,7 @@ def keep_frozen(model: nn.Module) -> None:
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if own and not any(parameter.requires_grad for parameter in own):
-            module.eval()
+            module.training = False  # not eval(): a ViT has its position embeddings beside all of its blocks
 
 
 def memory_format(recipe: Recipe, processes: Processes) -> torch.memory_format:

@@ -140,6 +140,8 @@ def train(recipe: Recipe) -> Path:
     checkpoint = folder.resume()
     folder.forget_after(progress.step if checkpoint else -1)
     if task.undecided:
+        prepared.train()
+        keep_frozen(model)
         lambdas = _choose_lambdas(task, train_batches, mixup, optim.accumulate, accelerator)
         folder.append({"kind": "lambdas", "step": 0, "epoch": 0.0, **lambdas})
         accelerator.print("by gradient share: " + ", ".join(f"lambda_{k} {v:.4g}" for k, v in lambdas.items()))
