@@ -13,7 +13,7 @@ import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
-from timm.models import is_model, parse_model_name, split_model_name_tag
+from timm.models import is_model, parse_model_name, resolve_model_input_args, split_model_name_tag
 from timm.models._hub import hf_split
 from torch import nn
 
@@ -89,11 +89,23 @@ def check_model_name(name: str) -> None:
         raise ValueError(f"{architecture} has no weights {tag!r}; choose one of {', '.join(pretrained)}")
 
 
-def load_model(name: str, num_classes: int | None = None) -> nn.Module:
+def size_arguments(name: str, image_size: int | None) -> dict[str, Any]:
+    """What `timm.create_model` has to be told for images of this size: `img_size`, where the network is made for one.
+
+    Vision transformers are: their position embeddings are made for a size, and resampled from released ones of another.
+    Nothing where the size is None.
+    """
+    if image_size is None:
+        return {}
+    arguments = resolve_model_input_args(name, {"img_size": image_size})
+    return {"img_size": arguments["img_size"]} if "img_size" in arguments else {}
+
+
+def load_model(name: str, num_classes: int | None = None, image_size: int | None = None) -> nn.Module:
     """Load a registered name, `hf-hub:org/name[@revision]` or `local-dir:FOLDER` with its weights.
 
     An export is checked against its hashes first, on the Hub too. With another `num_classes` than the weights have, the
-    head is a new one.
+    head is a new one; with another `image_size` than a network is made for, it is made for that.
 
     Raises:
         ValueError: it cannot be had; says why.
@@ -105,7 +117,8 @@ def load_model(name: str, num_classes: int | None = None) -> nn.Module:
     try:
         if source == "hf-hub":
             _verify_download(name, model_id)
-        return timm.create_model(name, pretrained=True, num_classes=num_classes)
+        size = size_arguments(name, image_size)
+        return timm.create_model(name, pretrained=True, num_classes=num_classes, **size)
     except (RuntimeError, SafetensorError) as error:  # how timm, torch and safetensors refuse
         raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
     except Exception as error:  # the Hub client's own errors and those of its HTTP library have no common base

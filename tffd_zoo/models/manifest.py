@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import timm
 from huggingface_hub import constants
 from safetensors import SafetensorError
-from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs
+from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, resolve_model_input_args
 from torch import Tensor
 
 from ..atomic import replacing_file
@@ -374,9 +374,8 @@ def _require_fit(entry: Release) -> None:
         raise ValueError(f"the weights of {entry.name} are not a safetensors file: {error}") from error
     if not timm.is_model(entry.architecture):
         raise ValueError(f"{entry.architecture} is not a registered architecture: see timm.list_models('tffd_*')")
-    model = timm.create_model(
-        entry.architecture, num_classes=len(entry.label_names), in_chans=entry.input.input_size[0], device="meta"
-    )
+    shape = resolve_model_input_args(entry.architecture, {"input_size": entry.input.input_size})
+    model = timm.create_model(**shape, num_classes=len(entry.label_names), device="meta")
     try:
         model.load_state_dict(state_dict, assign=True)
     except RuntimeError as error:

@@ -37,7 +37,7 @@ from ..data.image_source import some_of
 from ..data.loaders import Workers
 from ..data.memory import AUGMENTS
 from ..data.workers import workers_beside
-from ..loading import check_architecture, check_model_name, label_names, load_model, order_logits
+from ..loading import check_architecture, check_model_name, label_names, load_model, order_logits, size_arguments
 from ..recipe import DataConfig, Recipe
 from ..stages import find_stages, stage_activations
 from ..tasks import DistillationTask, Setting, TeacherConfig
@@ -136,6 +136,29 @@ def check_network(recipe: Recipe) -> None:
         )
 
 
+def check_image_size(recipe: Recipe) -> None:
+    """Refuse a size of images that the network cannot take, and say which it can.
+
+    Raises:
+        ValueError: says what the network said.
+    """
+    size, model = recipe.data.image_size, None
+    if size is None:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model = create_model(recipe.model, **size_arguments(recipe.model, size)).eval()
+            model(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        patches: Any = getattr(model, "patch_embed", None)
+        side = max(getattr(patches, "patch_size", None) or (0,))
+        other = f"give a multiple of {side}, such as {side * max(1, round(size / side))}" if side else "try another"
+        raise ValueError(
+            f"{recipe.model} cannot take images of {size} px ({' '.join(str(error).split())}); {other}, or leave "
+            "--image-size out for its own size"
+        ) from error
+
+
 def make_network(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     """The network to train: with fresh weights, or with its released ones and a new head where the classes differ.
 
@@ -143,9 +166,10 @@ def make_network(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         recipe: names the model.
         classes: names of the classes to learn; as many others are other classes.
     """
+    size = recipe.data.image_size
     if not recipe.pretrained:
-        return create_model(recipe.model, num_classes=len(classes))
-    model: Any = load_model(recipe.model, len(classes))
+        return create_model(recipe.model, num_classes=len(classes), **size_arguments(recipe.model, size))
+    model: Any = load_model(recipe.model, len(classes), size)
     if label_names(model) not in (None, tuple(classes)):
         model.reset_classifier(len(classes))
     return model
@@ -257,26 +281,6 @@ def make_loaders(
     return Loaders(train_batches, eval_batches)
 
 
-def check_image_size(recipe: Recipe, model: nn.Module, spec: ImageSpec) -> None:
-    """Refuse a size of images that the network cannot take, such as any but one of a vision transformer's.
-
-    Raises:
-        ValueError: says what the network said.
-    """
-    training = model.training
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model.eval()(torch.zeros(1, *spec.input_size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        own = ImageSpec.from_model(model).input_size[-1]
-        raise ValueError(
-            f"{recipe.model} cannot take images of {spec.input_size[-1]} px ({' '.join(str(error).split())}); leave "
-            f"--image-size out for its own {own} px, or give one that it can take"
-        ) from error
-    finally:
-        model.train(training)
-
-
 def check_batch_of_one(recipe: Recipe, model: nn.Module, spec: ImageSpec, batches: Loader) -> None:
     """Refuse a batch of one image before it comes up where it leaves a BatchNorm one value per channel.
 
@@ -368,25 +372,25 @@ def second_network(config: TeacherConfig, recipe: Recipe, source: TrainSource) -
         ValueError, OSError: it cannot be had, or does not know the student's classes.
     """
     if config.paradigm == "offline":
-        return load_teacher(config, source)
+        return load_teacher(config, source, recipe.data.image_size)
     return fresh_teacher(recipe, config, source.num_classes)
 
 
-def load_teacher(config: TeacherConfig, source: TrainSource) -> nn.Module:
-    """A trained teacher, by name or from a weights file."""
+def load_teacher(config: TeacherConfig, source: TrainSource, image_size: int | None = None) -> nn.Module:
+    """A trained teacher, by name or from a weights file, for images of this size."""
     assert config.model is not None
     with torch.random.fork_rng(devices=[]):
         if config.weights is None:
             check_model_name(config.model)
-            network = load_model(config.model)
+            network = load_model(config.model, image_size=image_size)
         else:
-            network = teacher_from_file(config.model, config.weights, source.num_classes)
+            network = teacher_from_file(config.model, config.weights, source.num_classes, image_size)
         order_logits(config.model, network, source, only=True)
     return network
 
 
-def teacher_from_file(model: str, weights: Path, num_classes: int) -> nn.Module:
-    """`model` with the weights of a file, such as the weights/last.safetensors of a run.
+def teacher_from_file(model: str, weights: Path, num_classes: int, image_size: int | None = None) -> nn.Module:
+    """`model` with the weights of a file, such as the weights/last.safetensors of a run, for images of this size.
 
     Those of a run name their classes; of others, `num_classes` must be right.
     """
@@ -402,7 +406,8 @@ def teacher_from_file(model: str, weights: Path, num_classes: int) -> nn.Module:
     except SafetensorError:  # timm reads other kinds too
         names = None
     try:
-        network = create_model(model, num_classes=len(names) if names else num_classes, checkpoint_path=str(weights))
+        classes, size = len(names) if names else num_classes, size_arguments(model, image_size)
+        network = create_model(model, num_classes=classes, checkpoint_path=str(weights), **size)
     except RuntimeError as error:  # how torch refuses weights
         raise ValueError(f"{weights} does not fit {model}: {' '.join(str(error).split())}") from error
     network.pretrained_cfg = {**network.pretrained_cfg, "label_names": names}
@@ -419,4 +424,5 @@ def fresh_teacher(recipe: Recipe, config: TeacherConfig, num_classes: int) -> nn
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return create_model(config.model or recipe.model, num_classes=num_classes)
+        name = config.model or recipe.model
+        return create_model(name, num_classes=num_classes, **size_arguments(name, recipe.data.image_size))

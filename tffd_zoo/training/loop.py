@@ -72,6 +72,8 @@ def train(recipe: Recipe) -> Path:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     threads = use_threads(recipe.run.threads, state.num_processes)
     check_network(recipe)
+    with state.main_process_first():  # one process downloads, the others find it there
+        check_image_size(recipe)
     train_source, eval_source = open_sources(recipe.data)
     recipe, precision = settle_precision(recipe, len(train_source), state)
     optim, run = recipe.optim, recipe.run
@@ -86,12 +88,11 @@ def train(recipe: Recipe) -> Path:
     set_seed(run.seed)
 
     # --- batches, model and task --------------------------------------------------------------------------------------
-    with accelerator.main_process_first():  # one process downloads, the others find it there
+    with accelerator.main_process_first():
         model = make_network(recipe, train_source.label_names)
     freeze_layers(model, optim.freeze)
     layout = memory_format(recipe, accelerator)
     spec = image_spec(recipe, model)
-    check_image_size(recipe, model, spec)
     pace = cache(partial(training_seconds, recipe, accelerator))
     train_batches, eval_batches = make_loaders(recipe, spec, train_source, eval_source, layout, accelerator, pace)
     check_batch_of_one(recipe, model, spec, train_batches)

@@ -20,6 +20,7 @@ from timm import create_model
 from torch.nn.functional import cross_entropy
 
 from ..json_files import read_json
+from ..loading import size_arguments
 from ..recipe import Precision, Recipe, RunConfig
 from ..run_record import MEND, RECIPE
 from .build import Processes, image_spec, memory_format
@@ -128,7 +129,7 @@ class Trial:
     def __init__(self, recipe: Recipe, precision: Precision, state: Processes, compiled: bool = False) -> None:
         recipe = replace(recipe, run=replace(recipe.run, precision=precision))
         layout = memory_format(recipe, state)
-        model = create_model(recipe.model).train()
+        model = create_model(recipe.model, **size_arguments(recipe.model, recipe.data.image_size)).train()
         size = image_spec(recipe, model).input_size
         self.images = recipe.optim.batch_size
         if state.device.type == "cpu":
