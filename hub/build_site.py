@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -36,6 +36,7 @@ from tffd_zoo.inspect import InspectConfig, StageView, look_inside, mosaic
 from tffd_zoo.json_files import read_json, write_json
 from tffd_zoo.loading import load_model, number_classes
 from tffd_zoo.models import Release, releases
+from tffd_zoo.ranges import COUNT
 from tffd_zoo.run_record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +69,7 @@ class SiteConfig:
     """Records of runs: curves, and gains over several seeds."""
     cache: Path = Path("build/site-cache")
     """Where what is slow is kept."""
-    timings: int = 100
+    timings: Annotated[int, COUNT] = 100
     """Latencies are medians of so many runs on one image."""
 
 

@@ -58,6 +58,7 @@ from tffd_zoo.export_record import (
 from tffd_zoo.json_files import read_json
 from tffd_zoo.models import HubFile, add_release, releases
 from tffd_zoo.models.weights import reason_of
+from tffd_zoo.ranges import NOT_NEGATIVE, POSITIVE
 from tffd_zoo.signing import sign_export
 
 HUB_FILES = {".gitattributes"}
@@ -85,11 +86,11 @@ class PublishConfig:
     """Make the repository private."""
     evaluate: str | None = None
     """Evaluate the weights on this data first (a Hub id, a folder or 'digits'); stop unless metrics.json is right."""
-    tolerance: int = 0
+    tolerance: Annotated[int, NOT_NEGATIVE] = 0
     """Images by which that may differ: another device rounds differently."""
     twin: Path | None = None
     """Export of the plain run that the card compares with; the released one of tag ce_<tag> when not given."""
-    hours: float | None = None
+    hours: Annotated[float | None, POSITIVE] = None
     """Wall-clock hours of training, for the manifest entry, where the export does not say."""
     add_to_manifest: bool = False
     """Put the entry into this package's manifest, in place of one of the same name."""

@@ -27,6 +27,7 @@ from tffd_zoo.export_record import WEIGHTS, ExportInfo, find_export, verify_expo
 from tffd_zoo.known_data import find_dataset
 from tffd_zoo.loading import load_model, number_classes
 from tffd_zoo.models import HubFile, Metrics, Release, Training, WheelFile, add_release, releases
+from tffd_zoo.ranges import POSITIVE
 from tffd_zoo.run_record import CURVES, ENVIRONMENT
 
 MANIFEST = Path(__file__).parents[1] / "tffd_zoo" / "models" / "manifest.json"
@@ -43,7 +44,7 @@ class ReleaseConfig:
     """An export, or the folder of a run that has one."""
     replace: bool = False
     """Put it in the place of the release of the same name."""
-    hours: float | None = None
+    hours: Annotated[float | None, POSITIVE] = None
     """Wall-clock hours of training, where the export does not say."""
     half: bool = False
     """Round the weights to float16, half the size, and measure the figures anew on them; needs --data."""

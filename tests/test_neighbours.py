@@ -256,21 +256,6 @@ def test_a_neighbour_learns_resumes_to_the_bit_and_leaves_a_plain_student(name: 
 # --- what is refused, and what a recipe makes of it -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("config", "settings", "message"),
-    [
-        (BYOTConfig, {"alpha": 1.5}, "at most 1"),
-        (BYOTConfig, {"temperature": 0.0}, "give one above 0"),
-        (CSKDConfig, {"weight": 0.0}, "leave it out"),
-        (TfKDConfig, {"true_class": 1.0}, "between 0 and 1"),
-        (PSKDConfig, {"alpha": 0.0}, "above 0"),
-    ],
-)
-def test_settings_that_make_no_sense_are_named(config: Any, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        config(**settings)
-
-
 @pytest.mark.parametrize("objective", [TfKD(TfKDConfig()), PSKD(PSKDConfig(), LABELS, CLASSES, epochs=2)])
 def test_blended_images_have_no_class_to_go_by(objective: Objective) -> None:
     with pytest.raises(ValueError, match="train without them"):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import errno
 import inspect
+import io
 import itertools
 import shutil
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_type_hints
+
+from .ranges import check_ranges
 
 ConfigT = TypeVar("ConfigT")
 
@@ -24,10 +29,33 @@ def run_cli(main: Callable[[ConfigT], None], config: type[ConfigT], args: Sequen
 
     Exits with 2 and one line on stderr for a `ValueError` or `OSError`, with 130 after Ctrl-C.
     """
+
+    def run() -> None:
+        parsed = parse(config, args=args, description=config.__doc__)
+        check_ranges(parsed)
+        main(parsed)
+
+    guard(run)
+
+
+def parse(config: type[ConfigT], /, **options: Any) -> ConfigT:
+    """`tyro.cli`, but what a dataclass says of its own values is the ValueError that it raised, not tyro's box."""
     import tyro
 
-    parsed = tyro.cli(config, args=args, description=config.__doc__)
-    guard(lambda: main(parsed))
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(config, **options)
+    except SystemExit as left:
+        error: BaseException | None = left
+        while error is not None:
+            if isinstance(error, ValueError) and any(
+                frame.name == "__post_init__" for frame in traceback.extract_tb(error.__traceback__)
+            ):
+                raise error from None
+            error = error.__context__
+        print(told.getvalue(), end="", file=sys.stderr)
+        raise
 
 
 def overview(config: Any) -> str:

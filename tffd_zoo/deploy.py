@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import timm
@@ -34,6 +34,7 @@ from .data import EVAL_SPLITS, ImageSource, ImageSpec, eval_loader, open_source
 from .known_data import portable_source
 from .loading import check_model_name, load_model, number_classes, temperature_of
 from .markdown import markdown_table
+from .ranges import COUNT
 from .threads import threads_kept
 
 Classify = Callable[[np.ndarray], np.ndarray]
@@ -69,9 +70,9 @@ class DeployConfig:
     """Split that every file is evaluated on, whole; validation, or else test, when not given."""
     train_split: str = "train"
     """Split whose images calibrate int8."""
-    calibration_images: int = 512
+    calibration_images: Annotated[int, COUNT] = 512
     """So many of them, spread evenly over the split."""
-    timings: int = 100
+    timings: Annotated[int, COUNT] = 100
     """Latencies are medians of so many runs on one image."""
     image_column: str | None = None
     """Column of the images; found by its type when not given."""

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -54,7 +54,7 @@ class EvalConfig:
     """A Hub data set id, a folder of parquet files, an image folder, or 'digits' (ships with scikit-learn)."""
     split: str | None = None
     """Split to evaluate on; validation, or else test, when not given."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, COUNT] = None
     """Images per batch and process; when not given 64 on a CPU, whose caches hold no more, and 256 elsewhere."""
     image_column: str | None = None
     """Column of the images; found by its name or type when not given."""
@@ -64,11 +64,11 @@ class EvalConfig:
     """Revision of a Hub data set."""
     skip_unreadable: bool = False
     """Leave unreadable images out instead of stopping at them."""
-    workers: int | None = None
+    workers: Annotated[int | None, NOT_NEGATIVE] = None
     """Processes that decode images, when they do not fit in memory; one per core when not given."""
     device: str | None = None
     """Where to run: cpu, cuda, cuda:1, mps; the fastest there is when not given."""
-    threads: int | None = None
+    threads: Annotated[int | None, COUNT] = None
     """Threads of each process; when not given OMP_NUM_THREADS, or else the cores divided by the processes that share
     them."""
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -81,7 +81,7 @@ class EvalConfig:
     """Calibration, corruptions, unknown images, transfer and more, beside or in place of the figures above."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, batch_size=COUNT, workers=NOT_NEGATIVE, threads=COUNT)
+        check_ranges(self)
         if self.more.suite is not None and (self.json or self.csv):
             raise ValueError("--suite writes JSON and CSV into the folder --out; leave --json and --csv out")
         unused = [name for name, value in vars(self.more).items() if value != getattr(SuiteConfig(), name)]

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -43,7 +43,9 @@ from .export_record import (
 )
 from .json_files import read_json
 from .known_data import data_tag, portable, portable_recipe, portable_source
+from .loading import size_arguments
 from .models import tffd_imagenet
+from .ranges import POSITIVE
 from .run_record import CURVES, DATA, ENVIRONMENT, EXPORT, METRICS_LINES, RECIPE, RunRecord, weights_file
 from .run_record import MEND as MEND_OF_RUN
 from .tasks import method_tag
@@ -202,7 +204,8 @@ def export_run(
     environment = {**record.environment, **({"hours": line["hours"]} if "hours" in line else {})}
 
     with torch.random.fork_rng(devices=[]):
-        model = timm.create_model(recipe["model"], num_classes=len(data["label_names"]))
+        size = size_arguments(recipe["model"], recipe["data"].get("image_size"))
+        model = timm.create_model(recipe["model"], num_classes=len(data["label_names"]), **size)
     try:
         with safe_open(file, framework="pt") as weights_of_step:
             step = (weights_of_step.metadata() or {}).get("step", str(line["step"]))
@@ -332,7 +335,7 @@ class ExportConfig:
     """Weights of the last epoch or of the best evaluation, or their moving averages."""
     out: Path | None = None
     """Where to; RUN/export when not given. An earlier export there is replaced."""
-    temperature: float | None = None
+    temperature: Annotated[float | None, POSITIVE] = None
     """What predictions divide the logits by: what `eval local-dir:RUN/export --suite calibration` fitted on training
     images that the recipe held out."""
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
@@ -31,6 +31,7 @@ from .loading import check_model_name, load_model
 from .losses import pair_channels
 from .markdown import markdown_table
 from .pictures import COLOURS, NEUTRAL, house_style, save_png
+from .ranges import COUNT, NOT_NEGATIVE, PART_INSIDE, Range
 from .salience import SalienceMetric, stage_salience
 from .stages import Stages, find_stages, stage_norms
 
@@ -59,17 +60,17 @@ class InspectConfig:
     """Take the figures from images of this data set: a Hub id, a folder of parquet, an image folder, or 'digits'."""
     split: str | None = None
     """Split of the data set; validation, or else test, when not given."""
-    images: int = 256
+    images: Annotated[int, COUNT] = 256
     """So many images of it, spread evenly over the split; their features are kept in memory."""
-    stages: tuple[int, ...] | None = None
+    stages: Annotated[tuple[int, ...] | None, NOT_NEGATIVE] = None
     """Stages by position in the model's feature_info; those that Tf-FD uses when not given."""
     salience: SalienceMetric = "lp"
     """What makes a channel salient."""
-    p: int = 2
+    p: Annotated[int, Range(1, 2)] = 2
     """The p of salience 'lp': 1 or 2."""
-    ratio: float = 0.5
+    ratio: Annotated[float, PART_INSIDE] = 0.5
     """Part of the channels that is salient."""
-    maps: int = 32
+    maps: Annotated[int, COUNT] = 32
     """Draw at most so many salient and so many redundant maps of a stage."""
     out: Path = Path("inspect.png")
     """Where the picture goes."""

@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from .classifier import Guess, load
 from .cli import run_cli
+from .ranges import COUNT
 
 BAR = 30
 
@@ -27,7 +29,7 @@ class PredictConfig:
     """Registered name with or without tag (tffd_resnet20.c100), hf-hub:org/name[@revision] or local-dir:FOLDER."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files."""
-    top_k: int = 5
+    top_k: Annotated[int, COUNT] = 5
     """Classes to name for each image, the likeliest first."""
     json: bool = False
     """Print JSON: of each image its file and its classes."""
@@ -43,8 +45,6 @@ def main(config: PredictConfig) -> None:
     """
     if not config.images:
         raise ValueError("name at least one image file")
-    if config.top_k < 1:
-        raise ValueError(f"--top-k {config.top_k} names no class; give 1 or more")
     answers = load(config.model, config.device).predict(list(config.images), config.top_k)
     if config.json:
         records = [

@@ -18,8 +18,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .cli import overview
-from .ranges import COUNT, NOT_NEGATIVE, PART, PART_BELOW_ONE, POSITIVE, Range, check_ranges
+from .cli import overview, parse
+from .ranges import (
+    COUNT,
+    NOT_NEGATIVE,
+    PART,
+    PART_ABOVE_ZERO,
+    PART_BELOW_ONE,
+    PART_INSIDE,
+    POSITIVE,
+    SEED,
+    check_ranges,
+)
 from .tasks import (
     METHODS,
     BYOTConfig,
@@ -54,7 +64,7 @@ class DataConfig:
     """Split to train on."""
     eval_split: str | None = None
     """Split to evaluate on after every epoch; validation, or else test, when not given."""
-    holdout: int = 0
+    holdout: Annotated[int, NOT_NEGATIVE] = 0
     """Hold so many training images out, evenly over the classes, and evaluate on them in place of the evaluation split:
     for choosing settings."""
     image_column: str | None = None
@@ -68,7 +78,7 @@ class DataConfig:
     that fits on no disk. They are shuffled by row groups and in a buffer; the evaluation split is downloaded whole."""
     skip_unreadable: bool = False
     """Leave unreadable images out instead of stopping at them."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, COUNT] = None
     """Train and evaluate at this size; the model's own when not given."""
     augment: Literal["pad_crop_flip", "pad_crop_turns", "rrc_flip", "none"] = "pad_crop_flip"
     """Pad 4, crop and flip (small images); the same, flipped in every other epoch; random resized crop and flip; or
@@ -77,81 +87,62 @@ class DataConfig:
     """How pad_crop_flip pads."""
     in_memory: bool | None = None
     """Decode all images once into memory; chosen by size when not given."""
-    workers: int | None = None
+    workers: Annotated[int | None, NOT_NEGATIVE] = None
     """Processes that decode images, when they are not in memory; when not given, as many as timed to keep up."""
     drop_last: bool = False
     """Leave out the smaller last batch of an epoch."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, holdout=NOT_NEGATIVE, image_size=COUNT, workers=NOT_NEGATIVE)
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimisation."""
 
-    epochs: int
+    epochs: Annotated[int, COUNT]
     """Length of the run; the schedules scale with it."""
-    batch_size: int
+    batch_size: Annotated[int, COUNT]
     """Images per step and process."""
-    lr: float
+    lr: Annotated[float, POSITIVE]
     """Learning rate at the global batch size."""
-    weight_decay: float
+    weight_decay: Annotated[float, NOT_NEGATIVE]
     """Weight decay."""
     opt: str = "momentum"
     """timm's name of the optimizer; 'momentum' is SGD with classic momentum, 'sgd' with Nesterov's."""
-    momentum: float = 0.9
+    momentum: Annotated[float, PART_BELOW_ONE] = 0.9
     """Momentum of the optimizers that have one."""
     decay_norm_and_bias: bool = True
     """Apply weight decay to BatchNorm parameters and biases too."""
     sched: Literal["multistep", "cosine", "linear", "constant"] = "multistep"
     """Learning-rate schedule; 'cosine' and 'linear' end at zero."""
-    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
+    milestones: Annotated[tuple[float, ...], PART] = (0.625, 0.75, 0.875)
     """Where 'multistep' decays, as parts of the run: 150, 180 and 210 of 240 epochs."""
-    decay_rate: float = 0.1
+    decay_rate: Annotated[float, POSITIVE] = 0.1
     """Factor of 'multistep' at each milestone."""
-    lr_warmup_epochs: float = 0.0
+    lr_warmup_epochs: Annotated[float, NOT_NEGATIVE] = 0.0
     """Epochs over which the learning rate rises linearly, inside the run."""
-    layer_decay: float | None = None
+    layer_decay: Annotated[float | None, PART_ABOVE_ZERO] = None
     """Multiply the learning rate by this once for each of timm's layer groups below the head."""
-    layer_decay_min: float = 0.0
+    layer_decay_min: Annotated[float, PART] = 0.0
     """Never below this part: with both at 0.1 the whole body learns at a tenth of the head's rate."""
-    freeze: int = 0
+    freeze: Annotated[int, NOT_NEGATIVE] = 0
     """Freeze so many of timm's coarse layer groups, BatchNorm statistics too: 1 is the stem, 2 stem and first stage."""
-    accumulate: int = 1
+    accumulate: Annotated[int, COUNT] = 1
     """Batches whose gradients are averaged into one step."""
-    clip_grad: float | None = None
+    clip_grad: Annotated[float | None, POSITIVE] = None
     """Clip the norm of the gradient."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, PART_BELOW_ONE] = 0.0
     """Label smoothing of the cross-entropy."""
-    mixup: float = 0.0
+    mixup: Annotated[float, NOT_NEGATIVE] = 0.0
     """Mixup's alpha; 0 is off."""
-    cutmix: float = 0.0
+    cutmix: Annotated[float, NOT_NEGATIVE] = 0.0
     """CutMix's alpha; 0 is off."""
-    ema_decay: float | None = None
+    ema_decay: Annotated[float | None, PART_INSIDE] = None
     """Keep an exponential moving average of the weights, with this decay."""
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            epochs=COUNT,
-            batch_size=COUNT,
-            lr=POSITIVE,
-            weight_decay=NOT_NEGATIVE,
-            momentum=PART_BELOW_ONE,
-            milestones=PART,
-            decay_rate=POSITIVE,
-            lr_warmup_epochs=NOT_NEGATIVE,
-            layer_decay=Range(0, 1, without_low=True),
-            layer_decay_min=PART,
-            freeze=NOT_NEGATIVE,
-            accumulate=COUNT,
-            clip_grad=POSITIVE,
-            label_smoothing=PART_BELOW_ONE,
-            mixup=NOT_NEGATIVE,
-            cutmix=NOT_NEGATIVE,
-            ema_decay=PART_BELOW_ONE,
-        )
+        check_ranges(self)
         if list(self.milestones) != sorted(self.milestones):
             raise ValueError(f"--milestones {' '.join(map(str, self.milestones))} go back in time; put them in order")
 
@@ -162,29 +153,29 @@ class RunConfig:
 
     output: Path | None = None
     """Folder of the run; runs/<name>-<model>-s<seed> when not given. The same command resumes what it finds there."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the weights, the order of the images and their augmentation."""
     precision: Precision = "auto"
     """Mixed precision; 'auto' times a few steps and takes bf16 where the device has it and is faster with it, else
     float32."""
     compile: bool | None = None
     """Compile the training step, half a minute on CPU; when not given, for a long run that is timed to gain by it."""
-    threads: int | None = None
+    threads: Annotated[int | None, COUNT] = None
     """Threads of each process; when not given OMP_NUM_THREADS, or else the cores divided by the processes that share
     them."""
     channels_last: bool | None = None
     """Memory layout; when not given, channels_last on CPU and with mixed precision."""
     sync_bn: bool = False
     """Synchronise BatchNorm statistics over the processes."""
-    checkpoint_every: int = 500
+    checkpoint_every: Annotated[int, COUNT] = 500
     """Steps between checkpoints; there is one after every epoch too."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, COUNT] = 2
     """Newest checkpoints kept."""
-    log_every: int = 50
+    log_every: Annotated[int, COUNT] = 50
     """Steps between lines of the metrics file."""
-    measure_every: int = 0
+    measure_every: Annotated[int, NOT_NEGATIVE] = 0
     """Measure gradient shares every so many batches, as a diagnostic; 0 never. Such a batch costs about three."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, COUNT] = None
     """Stop after so many steps, the schedules unchanged."""
     trackers: tuple[str, ...] = ()
     """Accelerate trackers by name, such as tensorboard or wandb."""
@@ -192,16 +183,7 @@ class RunConfig:
     """Weights to export: after the last epoch, or of the best evaluation."""
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            seed=Range(0, 2**31),
-            threads=COUNT,
-            checkpoint_every=COUNT,
-            keep_checkpoints=COUNT,
-            log_every=COUNT,
-            measure_every=NOT_NEGATIVE,
-            max_steps=COUNT,
-        )
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -305,7 +287,7 @@ def recipe_from_cli(presets: Mapping[str, Recipe], description: str, args: Seque
         print(f"{description.strip()}\n\nThe flags, as preset '{preset}' has them; --help-all explains them in full.\n")
         print(overview(presets[preset]))
         raise SystemExit(0)
-    return tyro.cli(
+    return parse(
         Recipe,
         args=["--help" if arg == "--help-all" else arg for arg in args],
         default=presets[preset],

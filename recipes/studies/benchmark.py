@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -39,6 +39,7 @@ from tffd_zoo.data import ImageSource, ImageSpec, eval_loader, open_source
 from tffd_zoo.evaluation import evaluate, model_cost
 from tffd_zoo.markdown import markdown_table
 from tffd_zoo.pictures import COLOURS, NEUTRAL, house_style, save_png
+from tffd_zoo.ranges import POSITIVE
 from tffd_zoo.recipe import Recipe, vary
 from tffd_zoo.run_record import METRICS_LINES, read_metrics, weights_file
 from tffd_zoo.tasks import CANONICAL
@@ -69,7 +70,7 @@ class BenchmarkConfig:
     """Split of the photographs."""
     parts: tuple[str, ...] = ()
     """Parts to measure; all when not given. The others keep the rows that the output has."""
-    effort: float = 1.0
+    effort: Annotated[float, POSITIVE] = 1.0
     """Factor on the number of rounds."""
     output: Path = RESULTS
     """Folder of the JSON, the page and the picture."""

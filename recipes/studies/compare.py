@@ -24,6 +24,7 @@ import tyro
 
 from tffd_zoo.cli import run_cli
 from tffd_zoo.markdown import markdown_table
+from tffd_zoo.ranges import COUNT, NOT_NEGATIVE, SEED
 from tffd_zoo.training import train
 
 from .jobs import run_all
@@ -44,9 +45,9 @@ class CompareConfig:
     """Show the runs and how far they are, and do nothing."""
     report: bool = False
     """Make the page from the records, those of runs that finished elsewhere included; run nothing."""
-    jobs: int = 1
+    jobs: Annotated[int, COUNT] = 1
     """Runs side by side, from one queue; the cores are divided between them, and a GPU is shared."""
-    seeds: tuple[int, ...] | None = None
+    seeds: Annotated[tuple[int, ...] | None, SEED] = None
     """Seeds to run, instead of the study's own."""
     shard: str = "1/1"
     """i/n: every n-th run, from the i-th on, so that n machines share a study. Each trains the frozen teachers of its
@@ -57,9 +58,9 @@ class CompareConfig:
     """Where records and pages go; recipes/results, or OUTPUT/results when --output is given."""
     data: str | None = None
     """Where the images are: overrides the recipes', as every run's --data does."""
-    epochs: int | None = None
+    epochs: Annotated[int | None, COUNT] = None
     """Overrides the recipes' length."""
-    holdout: int | None = None
+    holdout: Annotated[int | None, NOT_NEGATIVE] = None
     """Overrides the recipes': hold so many training images out to evaluate on, and leave the test images alone."""
     launcher: str = ""
     """Start every run with this, such as 'accelerate launch --num_processes 2'; by Python alone when not given."""

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -29,13 +29,13 @@ class SuiteConfig:
     """Folder for the tables and pictures."""
     kept: Path = Path("runs/suite/measured")
     """Folder for what was measured, image by image: what is there is not measured again."""
-    images: int | None = None
+    images: Annotated[int | None, COUNT] = None
     """Measure on so many images of the split, in the proportions of its classes; all when not given."""
     train_split: str = "train"
     """Split that the models were trained on: for the temperature, for neighbours and for duplicates."""
-    fit_images: int = 5000
+    fit_images: Annotated[int, COUNT] = 5000
     """Training images for the temperature, the feature distance and the probes."""
-    corruption_images: int | None = None
+    corruption_images: Annotated[int | None, COUNT] = None
     """Corrupt so many of the test images, in the proportions of the classes; all when not given."""
     corruptions: Path | None = None
     """Folder of corrupted images: CIFAR-C's arrays, or class folders in KIND/SEVERITY; made when not given."""
@@ -50,14 +50,13 @@ class SuiteConfig:
     digits, and on CIFAR-100 coarse, when not given."""
     shifts: tuple[str, ...] = ()
     """Other test sets of the same classes, found by their names: NAME=DATA[:SPLIT], or real=FILE.json for ReaL."""
-    suite_seed: int = 0
+    suite_seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of the corruptions, the noise, the few-shot draws and the bootstrap."""
-    resamples: int = 1000
+    resamples: Annotated[int, COUNT] = 1000
     """Draws of the bootstrap."""
 
     def __post_init__(self) -> None:
-        counts = ("images", "fit_images", "corruption_images", "resamples")
-        check_ranges(self, **dict.fromkeys(counts, COUNT), suite_seed=NOT_NEGATIVE)
+        check_ranges(self)
 
 
 class Named(NamedTuple):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..logit_losses import kl
+from ..ranges import NOT_NEGATIVE, PART_ABOVE_ZERO, PART_INSIDE, POSITIVE, check_ranges
 from ..schedules import LossWeight
 from ..stages import Stages
 from .base import Objective, View, Weight
@@ -32,16 +33,15 @@ class BYOTConfig(Method):
 
     label = "BYOT"
 
-    alpha: float = 0.1
+    alpha: Annotated[float, PART_ABOVE_ZERO] = 0.1
     """Part of each shallow classifier's loss that comes from the deepest classifier's logits."""
-    temperature: float = 3.0
+    temperature: Annotated[float, POSITIVE] = 3.0
     """Temperature of those logits."""
-    beta: float = 1e-6
+    beta: Annotated[float, NOT_NEGATIVE] = 1e-6
     """Weight of the squared distance between each shallow branch's pooled features and the deepest ones."""
 
     def __post_init__(self) -> None:
-        _check_part("alpha", self.alpha)
-        _check_temperature(self.temperature)
+        check_ranges(self, "byot.")
 
     def build(self, setting: Setting) -> BYOT:
         return BYOT(self, setting.stages, setting.num_classes, setting.criterion)
@@ -139,15 +139,13 @@ class CSKDConfig(Method):
     pairs_classes = True
     one_class = True
 
-    weight: float = 1.0
+    weight: Annotated[float, POSITIVE] = 1.0
     """Weight of the loss beside cross-entropy."""
-    temperature: float = 4.0
+    temperature: Annotated[float, POSITIVE] = 4.0
     """Temperature of both predictions."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"the weight of CS-KD is {self.weight}; give one above 0, or leave it out")
-        _check_temperature(self.temperature)
+        check_ranges(self, "cs-kd.")
 
     def build(self, setting: Setting) -> CSKD:
         return CSKD(self)
@@ -192,18 +190,15 @@ class TfKDConfig(Method):
     label = "Tf-KD"
     one_class = True
 
-    alpha: float = 0.1
+    alpha: Annotated[float, PART_ABOVE_ZERO] = 0.1
     """Weight of the loss, taken from cross-entropy."""
-    true_class: float = 0.99
+    true_class: Annotated[float, PART_INSIDE] = 0.99
     """Probability that the designed teacher gives to the true class; the others share the rest."""
-    temperature: float = 20.0
+    temperature: Annotated[float, POSITIVE] = 20.0
     """Temperature of both distributions."""
 
     def __post_init__(self) -> None:
-        _check_part("alpha", self.alpha)
-        if not 0 < self.true_class < 1:
-            raise ValueError(f"true_class is {self.true_class}; give a probability between 0 and 1, such as 0.99")
-        _check_temperature(self.temperature)
+        check_ranges(self, "tf-kd.")
 
     def build(self, setting: Setting) -> TfKD:
         return TfKD(self)
@@ -247,11 +242,11 @@ class PSKDConfig(Method):
     one_class = True
     all_labels = True
 
-    alpha: float = 0.8
+    alpha: Annotated[float, PART_ABOVE_ZERO] = 0.8
     """Weight of the earlier prediction in the last epoch; it rises linearly, in whole epochs counted from 1."""
 
     def __post_init__(self) -> None:
-        _check_part("alpha", self.alpha)
+        check_ranges(self, "ps-kd.")
 
     def build(self, setting: Setting) -> PSKD:
         assert setting.labels is not None
@@ -318,16 +313,6 @@ def _from_all_processes(rows: Tensor) -> list[Tensor]:
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _check_part(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} is {value}; it is a part of the loss: give a number above 0, at most 1")
-
-
-def _check_temperature(value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"the temperature is {value}; give one above 0")
 
 
 def _require_classes(why: str, targets: Tensor) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ranges import COUNT, PART_BELOW_ONE, check_ranges
 from ..stages import Stages
 from .base import Objective, View
 from .method import Method, Setting
@@ -24,23 +25,17 @@ class DropConfig(Method):
 
     label = "drop"
 
-    drop_block: float = 0.0
+    drop_block: Annotated[float, PART_BELOW_ONE] = 0.0
     """DropBlock on the outputs of the first two stages: drop probability at the end of the run, from 0 linearly."""
-    block_size: int = 7
+    block_size: Annotated[int, COUNT] = 7
     """Side of the dropped blocks; at most that of the map."""
-    dropout: float = 0.0
+    dropout: Annotated[float, PART_BELOW_ONE] = 0.0
     """Dropout on the output of the last stage, before pooling: its probability."""
 
     def __post_init__(self) -> None:
-        for name in ("drop_block", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; give a probability of dropping, 0 or more and below 1"
-                )
+        check_ranges(self, "drop.")
         if not (self.drop_block or self.dropout):
             raise ValueError("nothing would be dropped: set drop_block or dropout above 0, or leave drop out")
-        if self.block_size < 1:
-            raise ValueError(f"block_size is {self.block_size}; give 1 or more")
 
     def build(self, setting: Setting) -> StageDrop:
         return StageDrop(self, setting.model, setting.stages, setting.epochs)

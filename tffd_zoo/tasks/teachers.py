@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from timm.utils import ModelEmaV3
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._lean import l2
 from ..logit_losses import kl, standardise
+from ..ranges import NOT_NEGATIVE, PART, PART_ABOVE_ZERO, PART_BELOW_ONE, POSITIVE, SEED, check_ranges
 from ..schedules import LossWeight
 from ..stages import Stages, find_stages, stage_activations
 from .base import Objective, StagedModel, View, Weight
@@ -31,26 +32,21 @@ Paradigm = Literal["offline", "online", "branches", "average"]
 class KDConfig:
     """Logit distillation: weight T^2 KL(teacher || student) at temperature T."""
 
-    weight: float = 1.0
+    weight: Annotated[float, POSITIVE] = 1.0
     """Weight of the loss."""
-    temperature: float = 4.0
+    temperature: Annotated[float, POSITIVE] = 4.0
     """Temperature T of both softmaxes."""
     standardise: bool = False
     """Standardise the logits of every image first (Sun et al., CVPR 2024)."""
-    takes_ce: float = 0.0
+    takes_ce: Annotated[float, PART] = 0.0
     """How much of cross-entropy's weight of 1 it takes: 0.9 leaves (1 - 0.9) CE, as CRD's baselines have it."""
-    warmup_fraction: float = 0.0
+    warmup_fraction: Annotated[float, PART] = 0.0
     """Part of the run over which the weight rises linearly from 0."""
     whole_epochs: bool = False
     """Let it rise in whole epochs counted from 1."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"the weight of logit distillation is {self.weight}; give one above 0, or leave kd out")
-        if not 0 <= self.takes_ce <= 1:
-            raise ValueError(f"cross-entropy cannot give up {self.takes_ce} of its weight of 1; give 0 to 1")
-        if not self.temperature > 0:
-            raise ValueError(f"the temperature is {self.temperature}; give one above 0, such as 4")
+        check_ranges(self, "teacher.kd.")
 
 
 @dataclass(frozen=True)
@@ -69,21 +65,22 @@ class TeacherConfig(Method):
     student's."""
     weights: Path | None = None
     """Weights file of an 'offline' teacher, in place of the released weights of its tag."""
-    seed: int | None = None
+    seed: Annotated[int | None, SEED] = None
     """Seed of the weights of an 'online' teacher or of branches; 1000 more than the run's when not given."""
-    decay: float | None = None
+    decay: Annotated[float | None, PART_BELOW_ONE] = None
     """Of 'average': how much of it stays at a step once training is under way; 0.999 when not given."""
-    lambda_features: float = 1.0
+    lambda_features: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of the feature loss; 0 leaves it out. 1 is a gradient share near 100 % at first and 15 % once trained
     (ResNet-20 taught by another, CIFAR-100)."""
-    share_features: float | None = None
+    share_features: Annotated[float | None, PART_ABOVE_ZERO] = None
     """Choose lambda_features by this gradient share instead, such as 0.05, over the first ten steps."""
-    warmup_fraction: float = 20 / 240
+    warmup_fraction: Annotated[float, PART] = 20 / 240
     """Part of the run over which the feature loss rises linearly to its full weight."""
     kd: KDConfig | None = None
     """Distillation of its logits."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "teacher.")
         offline, own = self.paradigm == "offline", self.paradigm in ("branches", "average")
         if own and self.model is not None:
             raise ValueError(
@@ -97,10 +94,8 @@ class TeacherConfig(Method):
             )
         if self.seed is not None and self.paradigm in ("offline", "average"):
             raise ValueError(f"the teacher '{self.paradigm}' draws no weights: leave its seed out")
-        if self.decay is not None and not (self.paradigm == "average" and 0 <= self.decay < 1):
-            raise ValueError(f"decay {self.decay} is to be in [0, 1), and belongs to the teacher 'average' alone")
-        if not self.lambda_features >= 0:
-            raise ValueError(f"lambda_features is {self.lambda_features}; a loss weight is zero or more")
+        if self.decay is not None and self.paradigm != "average":
+            raise ValueError(f"decay {self.decay} belongs to the teacher 'average' alone: leave it out")
 
     @property
     def teaches_features(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import _lean
 from ..feature_losses import FEATURE_LOSSES, FeatureLoss
 from ..losses import DeepChannels, StagePairs, pair_channels, stage_pairs
+from ..ranges import COUNT, NOT_NEGATIVE, PART, PART_ABOVE_ZERO, PART_BELOW_ONE, PART_INSIDE, Range, check_ranges
 from ..salience import SalienceMetric, stage_salience
 from ..schedules import LossWeight
 from ..stages import Stages, find_stages, stage_activations, stage_norms
@@ -30,29 +31,29 @@ class TfFDConfig(Method):
 
     label = "Tf-FD"
 
-    lambda_intra: float = 0.04
+    lambda_intra: Annotated[float, NOT_NEGATIVE] = 0.04
     """Weight of the intra-layer loss; 0 leaves it out."""
-    lambda_inter: float = 0.05
+    lambda_inter: Annotated[float, NOT_NEGATIVE] = 0.05
     """Weight of the inter-layer loss; 0 leaves it out."""
-    share_intra: float | None = None
+    share_intra: Annotated[float | None, PART_ABOVE_ZERO] = None
     """Choose lambda_intra by this gradient share instead, such as 0.05: lambda ||grad L|| / ||grad CE|| over the first
     ten steps, measured before training; then it stays."""
-    share_inter: float | None = None
+    share_inter: Annotated[float | None, PART_ABOVE_ZERO] = None
     """The same for lambda_inter."""
 
     salience: SalienceMetric = "lp"
     """What makes a channel salient."""
-    p: int = 2
+    p: Annotated[int, Range(1, 2)] = 2
     """The p of salience 'lp': 1 or 2."""
-    ratio: float = 0.5
+    ratio: Annotated[float, PART_INSIDE] = 0.5
     """Part of the channels that is salient."""
     detach_salient: bool = True
     """Stop the gradient on the salient half; without it both halves move towards each other."""
-    salience_momentum: float = 0.0
+    salience_momentum: Annotated[float, PART_BELOW_ONE] = 0.0
     """Exponential moving average of the salience over the batches, such as 0.99; 0 ranks by the batch alone."""
-    rank_every: int = 1
+    rank_every: Annotated[int, COUNT] = 1
     """Rank and pair the channels anew every so many batches."""
-    salience_images: int | None = None
+    salience_images: Annotated[int | None, COUNT] = None
     """Rank by the first so many images of a batch only (8 makes 'hrank' affordable)."""
 
     intra_loss: FeatureLoss = "l2"
@@ -67,11 +68,11 @@ class TfFDConfig(Method):
     """Stage pairs of the inter-layer loss."""
     deep_channels: DeepChannels = "first"
     """Which channels of the deep stage teach."""
-    stages: tuple[int, ...] | None = None
+    stages: Annotated[tuple[int, ...] | None, NOT_NEGATIVE] = None
     """Stages by position in the model's `feature_info`, where 0 may be the stem (ResNets: 1 to 4); all stages when not
     given."""
 
-    warmup_fraction: float = 20 / 240
+    warmup_fraction: Annotated[float, PART] = 20 / 240
     """Part of the run over which w rises linearly from 0 to 1."""
     decay: Literal["none", "edt", "off"] = "none"
     """Early decay: 'edt' w x 0.9 after every 30 % of the run; 'off' full to 30 %, linear to zero at 60 %."""
@@ -79,17 +80,7 @@ class TfFDConfig(Method):
     """Let w rise in whole epochs counted from 1."""
 
     def __post_init__(self) -> None:
-        for name in ("lambda_intra", "lambda_inter"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; a loss weight is zero or more")
-        for name in ("share_intra", "share_inter"):
-            share = getattr(self, name)
-            if share is not None and not 0 < share <= 100:
-                raise ValueError(f"{name} is {share}; a gradient share is a fraction such as 0.05, or None")
-        if not 0 <= self.salience_momentum < 1:
-            raise ValueError(f"salience_momentum is {self.salience_momentum}; give a number in [0, 1)")
-        if self.rank_every < 1:
-            raise ValueError(f"rank_every is {self.rank_every}; give 1 or more batches")
+        check_ranges(self, "tffd.")
         if self.salience not in get_args(SalienceMetric):
             raise ValueError(f"unknown salience '{self.salience}'; choose one of {', '.join(get_args(SalienceMetric))}")
         for loss in (self.intra_loss, self.inter_loss):
