@@ -10,8 +10,10 @@
 | kd         | Tf-FD+, the logits of plain --model tffd_resnet110 --seed 100 too            | 240    |
 | zoo        | the recipe of the zoo's students: the most out of fewer epochs               | 150    |
 | zoo-plain  | cross-entropy alone, the twin of zoo                                         | 150    |
-| finetune   | from the plain student to the twenty coarse classes                          | 4      |
+| finetune   | from the plain student to the twenty coarse classes, with Tf-FD              | 4      |
 | quickstart | scikit-learn's digits: no network, no data, about a minute                   | 8      |
+
+`finetune-plain` is the twin of finetune, without Tf-FD.
 
 Whatever else was compared, such as saliences, feature losses, teachers and regularisers, is a row of a study: see
 recipes/studies/studies.py.
@@ -72,7 +74,7 @@ KD = vary(
         "offline", TEACHER.model, weights_file(TEACHER.folder, "last"), lambda_features=0.0, kd=KDConfig()
     ),
 )
-# A trained student learns other classes, its body at a tenth of the head's rate. The twin: --tffd None.
+# A trained student learns other classes, its body at a tenth of the head's rate.
 FINETUNE = vary(
     ZOO,
     "finetune",
@@ -86,6 +88,8 @@ FINETUNE = vary(
     tffd=TfFDConfig(share_intra=0.05, share_inter=0.05),
 )  # fmt: skip
 
+FINETUNE_PLAIN = vary(FINETUNE, "finetune-plain", tffd=None)
+
 QUICKSTART = vary(
     TFFD,
     "quickstart",
@@ -94,7 +98,10 @@ QUICKSTART = vary(
     run={"log_every": 5},
 )
 
-PRESETS = {recipe.name: recipe for recipe in (TFFD, PLAIN, REFERENCE_RUN, KD, ZOO, ZOO_PLAIN, FINETUNE, QUICKSTART)}
+PRESETS = {
+    recipe.name: recipe
+    for recipe in (TFFD, PLAIN, REFERENCE_RUN, KD, ZOO, ZOO_PLAIN, FINETUNE, FINETUNE_PLAIN, QUICKSTART)
+}
 
 if __name__ == "__main__":
     guard(lambda: train(recipe_from_cli(PRESETS, __doc__)))

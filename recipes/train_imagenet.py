@@ -2,12 +2,13 @@
 
     accelerate launch -q recipes/train_imagenet.py [PRESET] [--flags]
 
-| preset   | what                                                                            |
-|----------|---------------------------------------------------------------------------------|
-| tffd     | ResNet-18, Tf-FD between neighbouring stages, warm-up and early decay           |
-| plain    | the same without Tf-FD                                                          |
-| off      | tffd, but the losses fall to zero between 30 % and 60 % of the run              |
-| finetune | from released weights to other classes, with Tf-FD; its twin: --tffd None       |
+| preset         | what                                                                      |
+|----------------|---------------------------------------------------------------------------|
+| tffd           | ResNet-18, Tf-FD between neighbouring stages, warm-up and early decay     |
+| plain          | the same without Tf-FD                                                    |
+| off            | tffd, but the losses fall to zero between 30 % and 60 % of the run        |
+| finetune       | from released weights to other classes, with Tf-FD                        |
+| finetune-plain | the same without Tf-FD                                                    |
 
     accelerate launch -q recipes/train_imagenet.py finetune --model resnet50.a1_in1k --pretrained --data FOLDER
 
@@ -51,7 +52,9 @@ FINETUNE = vary(
     tffd=TfFDConfig(pairs="neighbours", share_intra=0.05, share_inter=0.05, warmup_fraction=1 / 20),
 )  # fmt: skip
 
-PRESETS = {"tffd": TFFD, "plain": PLAIN, "off": OFF, "finetune": FINETUNE}
+FINETUNE_PLAIN = vary(FINETUNE, "finetune-plain", tffd=None)
+
+PRESETS = {"tffd": TFFD, "plain": PLAIN, "off": OFF, "finetune": FINETUNE, "finetune-plain": FINETUNE_PLAIN}
 
 if __name__ == "__main__":
     guard(lambda: train(recipe_from_cli(PRESETS, __doc__)))

@@ -158,9 +158,11 @@ def test_our_own_architecture_needs_our_import_and_timms_own_does_not() -> None:
     ours = section(render_card(card_info(repo="org/name@v1")), "Load it")
     assert "import tffd_zoo" in ours
     assert 'timm.create_model("hf-hub:org/name@v1", pretrained=True)' in ours
+    assert "timm says `Unknown model` and transformers asks for a newer timm, which would not help" in ours
     assert "`sha256sum -c SHA256SUMS`" in render_card(card_info())
     timms = CardInfo("tffd_resnet18", "c100", CONFIG | {"architecture": "resnet18"}, TFFD.to_dict(), METRICS)
     assert "import tffd_zoo" not in section(render_card(timms), "Load it")
+    assert "Unknown model" not in section(render_card(timms), "Load it")
 
 
 def test_the_imagenet_recipe_on_someones_pets_claims_no_imagenet_and_needs_no_import_for_timms_own() -> None:

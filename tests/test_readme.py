@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
+import tyro
 from PIL import Image
+
+from tffd_zoo.recipe import recipe_from_cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,3 +73,30 @@ def test_the_commands_that_the_readme_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", text, flags=re.MULTILINE):
         assert f"\n{target}:" in makefile, target
+
+
+def commands() -> list[list[str]]:
+    """Our commands in the shell pieces of all pages, as words."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+    shell = [piece for page in pages for piece in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+    lines = "\n".join(shell).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    ours = re.compile(r"(python -m (tffd_zoo\.|recipes\.|hub\.)|python hub/|accelerate launch -q recipes/)")
+    return [command for command in words if ours.match(" ".join(command))]
+
+
+def test_every_flag_of_the_commands_on_the_pages_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "hub"))  # where a script of that folder finds its neighbours
+    found = commands()
+    assert len(found) > 20
+    for command in found:
+        script, *flags = command[2 if command[1] == "-m" else command.index("-q") + 1 if "-q" in command else 1 :]
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        try:
+            if hasattr(module, "PRESETS"):
+                recipe_from_cli(module.PRESETS, "")
+            else:
+                tyro.cli(get_type_hints(module.main)["config"])
+        except SystemExit as stop:
+            pytest.fail(f"{shlex.join(command)}: exits with {stop.code}")
