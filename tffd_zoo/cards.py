@@ -215,9 +215,9 @@ def _loading(info: CardInfo) -> str:
     transformers = f'`transformers.pipeline("image-classification", model={name})` loads it too'
     if not info.timms_own:
         transformers += (
-            ", once `tffd_zoo` is imported: without that, as in the snippet that the Hub offers, timm says `Unknown model` "
-            "and transformers asks for a newer timm, which would not help. Programs that do not import it run as "
-            "`python -m tffd_zoo PROGRAM [ARGS]`"
+            ", once `tffd_zoo` is imported: without that, as in the snippet that the Hub offers, timm says `Unknown "
+            "model` and transformers asks for a newer timm, which would not help. Programs that do not import it run "
+            "as `python -m tffd_zoo PROGRAM [ARGS]`"
         )
     check = f"`hf cache verify {info.repo}`" if info.repo else "`sha256sum -c SHA256SUMS`"
     hashes = f"timm compares no hashes here: {check} does, and `python -m tffd_zoo.eval` goes by `SHA256SUMS`."
