@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_data_sources import write_images
@@ -25,6 +27,7 @@ from tffd_zoo.export import export_run
 from tffd_zoo.export_record import file_sha256
 from tffd_zoo.recipe import Recipe
 from tffd_zoo.training import run_folder, train
+from tffd_zoo.training.pickles import refuse_code
 from tffd_zoo.training.progress import StopSignal
 
 
@@ -209,9 +212,12 @@ class Payload:
         return os.mkdir, (str(self.mark),)
 
 
-@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize(
+    "name", ["custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl", "optimizer_0/.metadata"]
+)
 def test_no_file_of_a_checkpoint_runs_code_even_if_its_hash_is_right(name: str, stopped: Path, tmp_path: Path) -> None:
     newest = shutil.copytree(stopped / "checkpoints" / "step-00000006", tmp_path / "step-00000006")
+    (newest / name).parent.mkdir(exist_ok=True)
     (newest / name).write_bytes(pickle.dumps(Payload(tmp_path / "run code")))
     about = json.loads((newest / "checkpoint.json").read_text())
     about["sha256"][name] = file_sha256(newest / name)
@@ -219,6 +225,53 @@ def test_no_file_of_a_checkpoint_runs_code_even_if_its_hash_is_right(name: str, 
     (newest / "checkpoint.json").write_text(json.dumps(about))
     assert name in run_folder.damage_of(newest)
     assert not (tmp_path / "run code").exists()
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """What `torch.distributed.checkpoint` writes of weights and optimizer, in a folder of a checkpoint."""
+    state = {"weights": torch.ones(3), "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "name": None}]}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "checkpoint" / "optimizer_0"), no_dist=True)
+    return tmp_path / "checkpoint" / "optimizer_0"
+
+
+def test_shards_are_read_and_none_of_their_files_runs_code(shards: Path, tmp_path: Path) -> None:
+    refuse_code(shards.parent)  # they are sound
+    payload = Payload(tmp_path / "run code")
+
+    index = (shards / ".metadata").read_bytes()
+    (shards / ".metadata").write_bytes(pickle.dumps(payload))
+    with pytest.raises(ValueError, match=r"^optimizer_0/\.metadata: UnpicklingError: posix\.mkdir is no part of"):
+        refuse_code(shards.parent)
+    nested = pickle.loads(index)
+    nested.planner_data = payload
+    (shards / ".metadata").write_bytes(pickle.dumps(nested))
+    with pytest.raises(ValueError, match=r"posix\.mkdir is no part of an index of shards"):
+        refuse_code(shards.parent)
+    (shards / ".metadata").write_bytes(index)
+
+    # a number of the optimizer is a pickle of its own, which torch would run
+    (place,) = (place for place in pickle.loads(index).storage_data if place.fqn.endswith("lr"))
+    stored = pickle.loads(index).storage_data[place]
+    file = shards / stored.relative_path
+    data = bytearray(file.read_bytes())
+    code = pickle.dumps(payload)
+    data[stored.offset : stored.offset + len(code)] = code
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"optimizer_0/\.metadata: UnpicklingError: Weights only load failed"):
+        refuse_code(shards.parent)
+
+    elsewhere = pickle.loads(index)
+    elsewhere.storage_data[place].relative_path = "../../elsewhere"
+    (shards / ".metadata").write_bytes(pickle.dumps(elsewhere))
+    with pytest.raises(ValueError, match="does not lie beside it"):
+        refuse_code(shards.parent)
+    assert not (tmp_path / "run code").exists()
+
+    (shards / ".metadata").write_bytes(pickle.dumps(payload))
+    with pytest.raises(AttributeError):  # what torch would do
+        dcp.FileSystemReader(shards).read_metadata()
+    assert (tmp_path / "run code").exists()
 
 
 def test_a_checkpoint_may_come_before_the_first_line_of_figures(tmp_path: Path) -> None:

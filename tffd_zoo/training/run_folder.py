@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, load
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
@@ -48,6 +48,7 @@ from ..run_record import (
     weights_file,
 )
 from ..threads import cores_per_process
+from .pickles import first_line, refuse_code
 
 CHECKPOINT = "checkpoint.json"
 """What a checkpoint is of: its step, recipe and number of processes, and the hashes of its files..."""
@@ -204,7 +205,7 @@ class RunFolder:
                 SafetensorError,
             ) as error:  # of a full disk each library tells in its own way
                 raise OSError(
-                    f"the checkpoint {folder} cannot be written ({_first_line(error)}); is the disk full? Free some "
+                    f"the checkpoint {folder} cannot be written ({first_line(error)}); is the disk full? Free some "
                     "space: the same command resumes from the checkpoint before it"
                 ) from error
             self.accelerator.wait_for_everyone()
@@ -243,7 +244,7 @@ class RunFolder:
         try:
             self.accelerator.load_state(str(folder))
         except Exception as error:
-            raise ValueError(f"the checkpoint {folder} cannot be read ({_first_line(error)}); {delete}") from error
+            raise ValueError(f"the checkpoint {folder} cannot be read ({first_line(error)}); {delete}") from error
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -270,16 +271,14 @@ def damage_of(folder: Path) -> str:
         listed = about["sha256"]
         found = _hashes(folder)
     except (OSError, ValueError, KeyError) as error:
-        return _first_line(error)
+        return first_line(error)
     for name in sorted({*listed, *found}):
         if listed.get(name) != found.get(name):
             return f"{name} is {'missing' if name not in found else 'not the file that was saved'}"
     try:
-        for path in folder.iterdir():  # accelerate reads some of them as any pickle: these hold tensors and numbers
-            if path.suffix in (".bin", ".pkl", ".pt"):
-                load(path, map_location="cpu")
-    except Exception as error:
-        return f"{path.name}: {_first_line(error)}"
+        refuse_code(folder)
+    except ValueError as error:
+        return str(error)
     return ""
 
 
@@ -328,11 +327,6 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _hash_of(about: Mapping[str, Any]) -> str:
     facts = {key: value for key, value in about.items() if key != OWN_HASH}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    """An error in one line, cut after its first sentence: torch explains at length."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].partition('. ')[0].strip()}"
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
