@@ -79,14 +79,14 @@ def main(config: SiteConfig) -> None:
     Raises:
         ValueError, OSError: a release, the data or npm cannot be used; an earlier page stays as it was.
     """
-    known = {entry.name: entry for entry in releases()}
+    known = {release.name: release for release in releases()}
     if unknown := set(config.models) - known.keys():
         raise ValueError(f"there is no release {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    chosen = [entry for entry in known.values() if not config.models or entry.name in config.models]
+    chosen = [release for release in known.values() if not config.models or release.name in config.models]
     if config.to.exists() and any(config.to.iterdir()) and not (config.to / "zoo.js").exists():
         raise ValueError(f"{config.to} holds something else than a page; name another folder or move it away")
     runtime = runtime_files()
-    students = [_Student(entry, known.get(twin_name(entry)), config) for entry in chosen]
+    students = [_Student(release, known.get(twin_name(release)), config) for release in chosen]
     for student in students:
         student.measure()
     with replacing_folder(config.to) as aside:
@@ -108,19 +108,19 @@ def main(config: SiteConfig) -> None:
 class _Student:
     """One release, and what the page says of it."""
 
-    entry: Release
+    release: Release
     twin: Release | None
     """The plain run of the same recipe."""
     config: SiteConfig
 
     @property
     def cache(self) -> Path:
-        return self.config.cache / f"{self.entry.name}-{self.entry.sha256[:8]}"
+        return self.config.cache / f"{self.release.name}-{self.release.sha256[:8]}"
 
     def _open(self, split: str) -> ImageSource:
-        evaluation = self.entry.metrics.evaluation
+        evaluation = self.release.metrics.evaluation
         return open_source(
-            self.config.data or self.entry.metrics.dataset,
+            self.config.data or self.release.metrics.dataset,
             split,
             image_column=evaluation.get("image_column") if self.config.data is None else None,
             label_column=evaluation.get("label_column") if self.config.data is None else None,
@@ -130,18 +130,20 @@ class _Student:
         """Deploy and measure, unless the cache has it."""
         if (self.cache / FIGURES).exists():
             return
-        test, train = self._open(self.entry.metrics.split), self._open(self.entry.recipe["data"]["train_split"])
+        test, train = self._open(self.release.metrics.split), self._open(self.release.recipe["data"]["train_split"])
         deployed = self.cache / "deployed"
         if not (deployed / RECORD).exists():
-            deploy(self.entry.name, test, train, deployed, timings=self.config.timings)
-        model = load_model(self.entry.name)
-        test = number_classes(self.entry.name, model, test)
+            deploy(self.release.name, test, train, deployed, timings=self.config.timings)
+        model = load_model(self.release.name)
+        test = number_classes(self.release.name, model, test)
         spec = ImageSpec.from_model(model)
         params, macs = model_cost(model, spec.input_size)
         confusion, bins = predict(model, test, spec)
         twin = self.twin.name if self.twin else None
-        data = self.config.data or self.entry.metrics.dataset
-        look = look_inside(InspectConfig(self.entry.name, against=twin, data=data, split=test.split, images=MAP_IMAGES))
+        data = self.config.data or self.release.metrics.dataset
+        look = look_inside(
+            InspectConfig(self.release.name, against=twin, data=data, split=test.split, images=MAP_IMAGES)
+        )
         maps = self.cache / "maps"
         shutil.rmtree(maps, ignore_errors=True)
         maps.mkdir()
@@ -169,44 +171,44 @@ class _Student:
         """Copy the student's files to `site` and return what the page's scripts read."""
         figures = read_json(self.cache / FIGURES, MEND)
         deployed = read_json(self.cache / "deployed" / RECORD, MEND)
-        folder = site / "students" / self.entry.name
+        folder = site / "students" / self.release.name
         shutil.copytree(self.cache / "maps", folder)
         shutil.copyfile(self.cache / "deployed" / "onnx" / STUDENT, folder / STUDENT)
         files = {file["file"]: file for file in deployed["files"]}
-        metrics, training = self.entry.metrics, self.entry.training
+        metrics, training = self.release.metrics, self.release.training
         return {
             **figures,
-            "name": self.entry.name,
-            "architecture": self.entry.architecture,
-            "method": method(self.entry),
-            "license": self.entry.license,
-            "labels": self.entry.label_names,
-            "pixels": self.entry.input.input_size[-1],
+            "name": self.release.name,
+            "architecture": self.release.architecture,
+            "method": method(self.release),
+            "license": self.release.license,
+            "labels": self.release.label_names,
+            "pixels": self.release.input.input_size[-1],
             "data": f"{metrics.dataset}, {metrics.split}",
             "images": metrics.result.images,
             **{key: getattr(metrics.result, key) for key in ("top1", "top5", "nll", "ece")},
             **{key: getattr(training, key) for key in ("epochs", "hours", "seed")},
-            "bytes": self.entry.size,
-            "folder": f"students/{self.entry.name}",
-            "model": f"students/{self.entry.name}/{STUDENT}",
+            "bytes": self.release.size,
+            "folder": f"students/{self.release.name}",
+            "model": f"students/{self.release.name}/{STUDENT}",
             "int8": files[f"onnx/{STUDENT}"],
             "float32": files["onnx/model.onnx"],
             "hardware": deployed["hardware"],
             "twin": self.twin.name if self.twin else None,
-            "gain": gain(self.entry, self.twin, self.config.records),
-            "curve": curve(self.entry, self.config.records),
+            "gain": gain(self.release, self.twin, self.config.records),
+            "curve": curve(self.release, self.config.records),
             "twinCurve": curve(self.twin, self.config.records) if self.twin else None,
         }
 
 
-def method(entry: Release) -> str:
+def method(release: Release) -> str:
     """What the weights were trained with."""
-    return next((name for prefix, name in METHODS.items() if entry.tag.startswith(prefix)), "Tf-FD")
+    return next((name for prefix, name in METHODS.items() if release.tag.startswith(prefix)), "Tf-FD")
 
 
-def twin_name(entry: Release) -> str:
+def twin_name(release: Release) -> str:
     """What the plain twin of a release would be called; one that is plain itself has none."""
-    return "" if entry.tag.startswith("ce_") else f"{entry.architecture}.ce_{entry.tag.removeprefix('kd_')}"
+    return "" if release.tag.startswith("ce_") else f"{release.architecture}.ce_{release.tag.removeprefix('kd_')}"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -241,31 +243,31 @@ def class_order(confusion: Tensor) -> Tensor:
     return (torch.linalg.eigh(laplacian).eigenvectors[:, 1] * scale).argsort()
 
 
-def runs_of(entry: Release, records: Path) -> dict[int, RunRecord]:
+def runs_of(release: Release, records: Path) -> dict[int, RunRecord]:
     """Finished runs of the release's recipe, by seed."""
 
     def same(recipe: Mapping[str, Any]) -> bool:
-        told = [(one["name"], one["model"], one["optim"]["epochs"]) for one in (recipe, entry.recipe)]
+        told = [(one["name"], one["model"], one["optim"]["epochs"]) for one in (recipe, release.recipe)]
         return told[0] == told[1]
 
     return {run.seed: run for run in read_records(records) if run.finished and same(run.recipe)}
 
 
-def gain(entry: Release, twin: Release | None, records: Path) -> dict[str, Any] | None:
+def gain(release: Release, twin: Release | None, records: Path) -> dict[str, Any] | None:
     """Top-1 of the method less that of plain training: paired runs with a 95 % interval, else the two releases."""
     if twin is None:
         return None
-    ours, theirs = ({seed: run.last for seed, run in runs_of(one, records).items()} for one in (entry, twin))
+    ours, theirs = ({seed: run.last for seed, run in runs_of(one, records).items()} for one in (release, twin))
     differences = list(paired_differences(ours, theirs).values())
     if len(differences) < 2:
-        return {"mean": entry.metrics.result.top1 - twin.metrics.result.top1, "pairs": 1, "low": None, "high": None}
+        return {"mean": release.metrics.result.top1 - twin.metrics.result.top1, "pairs": 1, "low": None, "high": None}
     mean = estimate(differences)
     return {"mean": mean.mean, "pairs": mean.n, "low": mean.low, "high": mean.high}
 
 
-def curve(entry: Release, records: Path) -> list[tuple[float, float]] | None:
+def curve(release: Release, records: Path) -> list[tuple[float, float]] | None:
     """Top-1 by epoch of the very run that was released; None where its record was not kept."""
-    run = runs_of(entry, records).get(entry.recipe["run"]["seed"])
+    run = runs_of(release, records).get(release.recipe["run"]["seed"])
     return None if run is None else [(line["epoch"], line["top1"]) for line in run.evaluations]
 
 

@@ -91,9 +91,9 @@ class PublishConfig:
     twin: Path | None = None
     """Export of the plain run that the card compares with; the released one of tag ce_<tag> when not given."""
     hours: Annotated[float | None, POSITIVE] = None
-    """Wall-clock hours of training, for the manifest entry, where the export does not say."""
+    """Wall-clock hours of training, for the manifest, where the export does not say."""
     add_to_manifest: bool = False
-    """Put the entry into this package's manifest, in place of one of the same name."""
+    """Put the release into this package's manifest, in place of one of the same name."""
     sign: Path | None = None
     """Sign what is sent with this private key (elliptic curve, PEM); needs tffd_zoo[sign]."""
     dry_run: bool = False
@@ -111,7 +111,7 @@ def main(config: PublishConfig) -> None:
         info = prepare(config, Path(folder) / "release")
         if config.sign:
             sign_export(info.folder, config.sign)
-        entry = release_of(info, HubFile(config.repo, NO_COMMIT), config.hours)
+        release = release_of(info, HubFile(config.repo, NO_COMMIT), config.hours)
         logits = check_weights(info)
         if config.evaluate:
             check_metrics(info, config.evaluate, config.tolerance)
@@ -131,11 +131,11 @@ def main(config: PublishConfig) -> None:
     if info.config["architecture"].startswith("tffd_"):
         print("  import tffd_zoo  # registers the architecture with timm")
     print(f'  timm.create_model("hf-hub:{config.repo}@{config.tag}", pretrained=True)')
-    entry = replace(entry, file=HubFile(config.repo, commit))
+    release = replace(release, file=HubFile(config.repo, commit))
     if config.add_to_manifest:
-        add_release(entry, replaces=True, manifest=MANIFEST)
+        add_release(release, replaces=True, manifest=MANIFEST)
     print(f"{'added to the manifest' if config.add_to_manifest else 'manifest entry'}:")
-    print(json.dumps(entry.to_json(), indent=2, ensure_ascii=False))
+    print(json.dumps(release.to_json(), indent=2, ensure_ascii=False))
 
 
 def prepare(config: PublishConfig, folder: Path) -> ExportInfo:
@@ -284,7 +284,12 @@ def _twin(info: ExportInfo, folder: Path | None) -> Twin | None:
         return Twin(twin.name, twin.recipe, twin.metrics)
     name = f"{info.architecture}.ce_{info.tag}"
     return next(
-        (Twin(entry.name, entry.recipe, entry.metrics.to_json()) for entry in releases() if entry.name == name), None
+        (
+            Twin(release.name, release.recipe, release.metrics.to_json())
+            for release in releases()
+            if release.name == name
+        ),
+        None,
     )
 
 

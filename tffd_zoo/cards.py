@@ -23,7 +23,7 @@ from .evaluation import FIGURES
 from .json_files import read_json
 from .known_data import Dataset, find_dataset
 from .markdown import bullets, code, escaped, markdown_table
-from .models import HubFile, Release, releases
+from .models import HubFile, Metrics, Release, releases
 from .tasks import METHODS
 
 LICENSE = "apache-2.0"
@@ -102,9 +102,9 @@ def render_card(info: CardInfo) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def render_results(entries: Sequence[Release]) -> str:
+def render_results(released: Sequence[Release]) -> str:
     """Return the figures of all releases, and how each stands to its plain twin."""
-    if not entries:
+    if not released:
         return "No weights have been released yet."
     header = [
         "weights",
@@ -118,27 +118,29 @@ def render_results(entries: Sequence[Release]) -> str:
     ]
     rows = [
         [
-            f"`{entry.name}`",
-            _short_method(entry.recipe),
-            f"{escaped(entry.metrics.dataset)}, {escaped(entry.metrics.split)}{_held_out(entry.metrics.evaluation)}",
-            str(entry.input.input_size[-1]),
-            *_shown(entry.metrics.result.figures),
-            f"{entry.training.epochs:g}",
-            f"{entry.training.hours:.2g}",
-            "the Hub" if isinstance(entry.file, HubFile) else "the package",
+            f"`{release.name}`",
+            _short_method(release.recipe),
+            _images_of(release.metrics),
+            str(release.input.input_size[-1]),
+            *_shown(release.metrics.result.figures),
+            f"{release.training.epochs:g}",
+            f"{release.training.hours:.2g}",
+            "the Hub" if isinstance(release.file, HubFile) else "the package",
         ]
-        for entry in entries
+        for release in released
     ]
-    by_name = {entry.name: entry for entry in entries}
-    lines = [f"trained on: {escaped(hardware)}" for hardware in sorted({entry.training.hardware for entry in entries})]
-    for entry in entries:
-        if _chosen_on_its_test(entry.recipe, entry.metrics.split, entry.metrics.evaluation):
-            lines.append(f"`{entry.name}`: {CHOSEN_ON_ITS_TEST}")
-        twin = by_name.get(f"{entry.architecture}.ce_{entry.tag}")
+    by_name = {release.name: release for release in released}
+    lines = [
+        f"trained on: {escaped(hardware)}" for hardware in sorted({release.training.hardware for release in released})
+    ]
+    for release in released:
+        if _chosen_on_its_test(release.recipe, release.metrics.split, release.metrics.evaluation):
+            lines.append(f"`{release.name}`: {CHOSEN_ON_ITS_TEST}")
+        twin = by_name.get(f"{release.architecture}.ce_{release.tag}")
         if twin is not None:
-            lines.append(f"`{entry.name}`: {_comparison(_twin_of(entry), _twin_of(twin))}")
-        elif "_" not in entry.tag:
-            lines.append(f"`{entry.name}`: no plain twin was trained, so no gain by Tf-FD is claimed.")
+            lines.append(f"`{release.name}`: {_comparison(_twin_of(release), _twin_of(twin))}")
+        elif "_" not in release.tag:
+            lines.append(f"`{release.name}`: no plain twin was trained, so no gain by Tf-FD is claimed.")
     return f"{markdown_table(header, rows)}\n\n{bullets(lines)}"
 
 
@@ -250,8 +252,8 @@ def _comparison(run: Twin, twin: Twin) -> str:
     return verdict
 
 
-def _twin_of(entry: Release) -> Twin:
-    return Twin(entry.name, entry.recipe, entry.metrics.to_json())
+def _twin_of(release: Release) -> Twin:
+    return Twin(release.name, release.recipe, release.metrics.to_json())
 
 
 def _result_row(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
@@ -370,8 +372,9 @@ def _limits(info: CardInfo) -> str:
     return bullets(lines)
 
 
-def _held_out(evaluation: Mapping[str, Any]) -> str:
-    return " (images held out)" if evaluation.get("held_out") else ""
+def _images_of(metrics: Metrics) -> str:
+    held_out = " (images held out)" if metrics.evaluation.get("held_out") else ""
+    return f"{escaped(metrics.dataset)}, {escaped(metrics.split)}{held_out}"
 
 
 def _chosen_on_its_test(recipe: Mapping[str, Any], split: str, evaluation: Mapping[str, Any]) -> bool:
@@ -423,27 +426,27 @@ SHOWN = (
 )
 
 
-def render_students(entries: Sequence[Release], suite: Suite) -> str:
+def render_students(released: Sequence[Release], suite: Suite) -> str:
     """Return the students at a glance: what each reaches beside its plain twin, and its size."""
-    by_name = {entry.name: entry for entry in entries}
+    by_name = {release.name: release for release in released}
 
-    def beside_twin(entry: Release, shown: Callable[[Release], str]) -> str:
-        twin = by_name.get(f"{entry.architecture}.ce_{entry.tag}")
-        return f"{shown(entry)} ({shown(twin) if twin else '-'})"
+    def beside_twin(release: Release, shown: Callable[[Release], str]) -> str:
+        twin = by_name.get(f"{release.architecture}.ce_{release.tag}")
+        return f"{shown(release)} ({shown(twin) if twin else '-'})"
 
     figures: tuple[Callable[[Release], str], ...] = (
         *(partial(_figure_of, name) for name in ("top1", "ece")),
-        lambda entry: _suite_figure(suite, entry, CORRUPTED),
+        lambda release: _suite_figure(suite, release, CORRUPTED),
     )
     rows = [
         [
-            f"`{entry.name}`",
-            f"{entry.metrics.dataset}, {entry.input.input_size[-1]} px",
-            *(beside_twin(entry, shown) for shown in figures),
-            f"{entry.size / 1e6:.1f}",
+            f"`{release.name}`",
+            f"{release.metrics.dataset}, {release.input.input_size[-1]} px",
+            *(beside_twin(release, shown) for shown in figures),
+            f"{release.size / 1e6:.1f}",
         ]
-        for entry in entries
-        if not entry.tag.startswith("ce_")
+        for release in released
+        if not release.tag.startswith("ce_")
     ]
     headings = [FIGURES["top1"].heading, FIGURES["ece"].heading, CORRUPTED.heading]
     table = markdown_table(["student", "trained on", *headings, "MB"], rows)
@@ -453,14 +456,14 @@ def render_students(entries: Sequence[Release], suite: Suite) -> str:
     )
 
 
-def render_suite(entries: Sequence[Release], suite: Suite) -> str:
+def render_suite(released: Sequence[Release], suite: Suite) -> str:
     """Return what the suite measured of all releases, the differences between twins, and what neither says."""
-    measured = [entry for entry in entries if _is_current(suite, entry)]
+    measured = [release for release in released if _is_current(suite, release)]
     if not measured:
         return "No weights that are released now were evaluated by the suite."
-    rows = [[f"`{entry.name}`", *(_suite_figure(suite, entry, figure) for figure in SHOWN)] for entry in measured]
+    rows = [[f"`{release.name}`", *(_suite_figure(suite, release, figure) for figure in SHOWN)] for release in measured]
     table = markdown_table(["weights", *(figure.heading for figure in SHOWN)], rows)
-    names = {entry.name for entry in measured}
+    names = {release.name for release in measured}
     differences: dict[tuple[str, str], list[str]] = {}
     for figure in SHOWN:
         for pair in suite.get("pairs", ()):
@@ -477,22 +480,22 @@ def render_suite(entries: Sequence[Release], suite: Suite) -> str:
     return f"{table}\n\n{bullets(lines)}"
 
 
-def _figure_of(name: str, entry: Release) -> str:
-    return FIGURES[name].shown(entry.metrics.result.figures.get(name))
+def _figure_of(name: str, release: Release) -> str:
+    return FIGURES[name].shown(release.metrics.result.figures.get(name))
 
 
 def _row(suite: Suite, part: str, name: str) -> Mapping[str, Any]:
     return next((row for row in suite.get(part, ()) if row["model"] == name), {})
 
 
-def _is_current(suite: Suite, entry: Release) -> bool:
+def _is_current(suite: Suite, release: Release) -> bool:
     """Whether the suite measured these very weights, as far as their accuracy tells: not others of that name."""
-    top1 = _row(suite, "clean", entry.name).get("top1")
-    return top1 is not None and FIGURES["top1"].shown(top1) == _figure_of("top1", entry)
+    top1 = _row(suite, "clean", release.name).get("top1")
+    return top1 is not None and FIGURES["top1"].shown(top1) == _figure_of("top1", release)
 
 
-def _suite_figure(suite: Suite, entry: Release, figure: SuiteFigure) -> str:
-    value = _row(suite, figure.part, entry.name).get(figure.name) if _is_current(suite, entry) else None
+def _suite_figure(suite: Suite, release: Release, figure: SuiteFigure) -> str:
+    value = _row(suite, figure.part, release.name).get(figure.name) if _is_current(suite, release) else None
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -505,7 +508,7 @@ def _conditions(suite: Suite) -> str:
 
 
 TABLES: dict[str, Callable[[Sequence[Release], Suite], str]] = {
-    "results": lambda entries, suite: render_results(entries),
+    "results": lambda released, suite: render_results(released),
     "students": render_students,
     "suite": render_suite,
 }

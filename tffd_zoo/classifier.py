@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
-from .models import Release, releases
+from .models import Release, known_release
 
 AnImage = Image.Image | str | os.PathLike[str] | np.ndarray | Tensor
 BATCH = 64
@@ -118,7 +118,7 @@ def load(name: str, device: torch.device | str = "cpu") -> Classifier:
         create_transform(**resolve_input_data_config(model, use_test_size=True)),
         _label_names(model),
         temperature_of(name),
-        release=next((entry for entry in releases() if name in (entry.name, entry.architecture)), None),
+        release=known_release(name),
     )
 
 

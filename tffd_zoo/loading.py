@@ -32,7 +32,7 @@ from .export_record import (
     verify_export,
 )
 from .json_files import read_json
-from .models.manifest import releases
+from .models.manifest import known_release
 from .models.weights import reason_of
 from .signing import check_signature
 
@@ -133,8 +133,8 @@ def temperature_of(name: str) -> float:
     """What the logits of these weights are divided by before the softmax; 1 where they were not calibrated."""
     source, model_id = parse_model_name(name)
     if source is None:
-        entry = next((entry for entry in releases() if name in (entry.name, entry.architecture)), None)
-        return (entry and entry.temperature) or 1.0
+        release = known_release(name)
+        return (release and release.temperature) or 1.0
     if source == "hf-hub":
         repo, revision = hf_split(model_id)
         config = Path(hf_hub_download(repo, CONFIG, revision=revision))

@@ -1,4 +1,4 @@
-"""The manifest: one entry for each released weight, from which timm's pretrained cfgs are made.
+"""The manifest: one entry for each release, from which timm's pretrained cfgs are made.
 
 `manifest.json` holds `releases` and, so that class names are written once, the `label_sets` that they share.
 """
@@ -280,11 +280,17 @@ def release(name: str, manifest: Path | None = None) -> Release:
     Raises:
         ValueError: if there is none; the message lists those there are.
     """
-    for candidate in releases(manifest):
-        if name in (candidate.name, candidate.architecture):
-            return candidate
+    if found := known_release(name, manifest):
+        return found
     names = ", ".join(candidate.name for candidate in releases(manifest)) or "none"
     raise ValueError(f"no release is called {name!r}; there are: {names}")
+
+
+def known_release(name: str, manifest: Path | None = None) -> Release | None:
+    """As :func:`release`; None where there is none of that name."""
+    return next(
+        (candidate for candidate in releases(manifest) if name in (candidate.name, candidate.architecture)), None
+    )
 
 
 def find_release(cfg: PretrainedCfg) -> Release | None:
@@ -304,13 +310,13 @@ def default_cfgs(architectures: Mapping[str, Mapping[str, Any]], manifest: Path 
     """
     cfgs: dict[str, Mapping[str, Any]] = {}
     released = defaultdict(list)
-    for entry in releases(manifest):
-        released[entry.architecture].append(entry)
+    for release in releases(manifest):
+        released[release.architecture].append(release)
     for architecture, bare in architectures.items():
-        for entry in released[architecture]:
+        for release in released[architecture]:
             reduction = bare["input_size"][-1] // bare["pool_size"][-1]
-            pool_size = tuple(-(-side // reduction) for side in entry.input.input_size[1:])
-            cfgs[entry.name] = {**bare, **entry.pretrained_cfg(), "pool_size": pool_size}
+            pool_size = tuple(-(-side // reduction) for side in release.input.input_size[1:])
+            cfgs[release.name] = {**bare, **release.pretrained_cfg(), "pool_size": pool_size}
         if not released[architecture]:
             cfgs[architecture] = bare
     return generate_default_cfgs(cfgs)
@@ -332,22 +338,22 @@ def add_release(new: Release, *, replaces: bool = False, manifest: Path | None =
         The release as it now stands in the manifest.
 
     Raises:
-        ValueError: if the weights are not those the entry describes, the name is taken, the class names differ from
+        ValueError: if the weights are not those the release describes, the name is taken, the class names differ from
             those the manifest has under `label_set`, or the wheel would become too large. Nothing has changed then.
         OSError: if a file cannot be read, downloaded or written.
     """
     manifest = manifest or MANIFEST
-    others = [entry for entry in releases(manifest) if entry.name != new.name]
-    replaced = [entry for entry in releases(manifest) if entry.name == new.name]
+    others = [release for release in releases(manifest) if release.name != new.name]
+    replaced = [release for release in releases(manifest) if release.name == new.name]
     if replaced and not replaces:
         raise ValueError(f"{new.name} is released already; --replace (replaces=True) puts this one in its place")
-    for entry in others:
-        if entry.label_set == new.label_set and entry.label_names != new.label_names:
-            raise ValueError(f"{entry.name} has other class names under {new.label_set!r}: give these another name")
+    for release in others:
+        if release.label_set == new.label_set and release.label_names != new.label_names:
+            raise ValueError(f"{release.name} has other class names under {new.label_set!r}: give these another name")
 
     _require_fit(new)
     if isinstance(new.file, WheelFile):
-        in_wheel = sum(entry.size for entry in [*others, new] if isinstance(entry.file, WheelFile))
+        in_wheel = sum(release.size for release in [*others, new] if isinstance(release.file, WheelFile))
         if in_wheel > WHEEL_LIMIT:
             raise ValueError(
                 f"with {new.name} the wheel would hold {in_wheel:,} bytes of weights, more than {WHEEL_LIMIT:,}: "
@@ -360,26 +366,26 @@ def add_release(new: Release, *, replaces: bool = False, manifest: Path | None =
         new = replace(new, file=WheelFile(path))
 
     _write([*others, new], manifest)
-    for entry in replaced:
-        if isinstance(entry.file, WheelFile) and entry.file != new.file:
-            entry.file.path.unlink(missing_ok=True)
+    for release in replaced:
+        if isinstance(release.file, WheelFile) and release.file != new.file:
+            release.file.path.unlink(missing_ok=True)
     return new
 
 
-def _require_fit(entry: Release) -> None:
+def _require_fit(release: Release) -> None:
     """Load the weights into their architecture, every key and shape."""
     try:
-        state_dict = entry.load()
+        state_dict = release.load()
     except SafetensorError as error:
-        raise ValueError(f"the weights of {entry.name} are not a safetensors file: {error}") from error
-    if not timm.is_model(entry.architecture):
-        raise ValueError(f"{entry.architecture} is not a registered architecture: see timm.list_models('tffd_*')")
-    shape = resolve_model_input_args(entry.architecture, {"input_size": entry.input.input_size})
-    model = timm.create_model(**shape, num_classes=len(entry.label_names), device="meta")
+        raise ValueError(f"the weights of {release.name} are not a safetensors file: {error}") from error
+    if not timm.is_model(release.architecture):
+        raise ValueError(f"{release.architecture} is not a registered architecture: see timm.list_models('tffd_*')")
+    shape = resolve_model_input_args(release.architecture, {"input_size": release.input.input_size})
+    model = timm.create_model(**shape, num_classes=len(release.label_names), device="meta")
     try:
         model.load_state_dict(state_dict, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"the weights of {entry.name} do not fit {entry.architecture}: {error}") from error
+        raise ValueError(f"the weights of {release.name} do not fit {release.architecture}: {error}") from error
 
 
 @functools.cache
@@ -396,27 +402,27 @@ def _read(manifest: Path) -> tuple[Release, ...]:
         found = [Release.from_json(entry, manifest.parent / "weights") for entry in entries]
     except ValueError as error:
         raise ValueError(f"{manifest}: {error}; {mend}") from error
-    names = [entry.name for entry in found]
+    names = [release.name for release in found]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{manifest}: {name} is there {names.count(name)} times")
     return tuple(sorted(found, key=_rank))
 
 
-def _write(entries: Sequence[Release], manifest: Path) -> None:
+def _write(released: Sequence[Release], manifest: Path) -> None:
     content: dict[str, Any] = {"label_sets": {}, "releases": []}
-    for entry in sorted(entries, key=_rank):
-        json_entry = entry.to_json()
-        content["label_sets"][entry.label_set] = json_entry.pop("label_names")
-        content["releases"].append(json_entry)
+    for release in sorted(released, key=_rank):
+        entry = release.to_json()
+        content["label_sets"][release.label_set] = entry.pop("label_names")
+        content["releases"].append(entry)
     with replacing_file(manifest) as aside:
         aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _read.cache_clear()
 
 
-def _rank(entry: Release) -> tuple[str, bool, str]:
+def _rank(release: Release) -> tuple[str, bool, str]:
     """Sort key: by architecture, Tf-FD's own weights before the baselines."""
-    return entry.architecture, entry.tag.startswith(BASELINE_TAGS), entry.tag
+    return release.architecture, release.tag.startswith(BASELINE_TAGS), release.tag
 
 
 def _input_json(spec: ImageSpec) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..data import ImageSource
 from ..json_files import read_json
 from ..loading import check_model_name, left_out
 from ..markdown import markdown_table
-from ..models.manifest import releases
+from ..models.manifest import known_release
 from ..pictures import house_style, save_png
 from . import calibration, clean, corrupted, cost, duplicates, ood, shifts, transfer
 from .measurement import Figures, Measurement, Part
@@ -168,7 +168,8 @@ def held_out(name: str) -> int | None:
     if source == "local-dir" and (Path(model_id) / "recipe.json").exists():
         recipe: Mapping[str, Any] = read_json(Path(model_id) / "recipe.json", "export the run again")
     else:
-        recipe = next((entry.recipe for entry in releases() if name in (entry.name, entry.architecture)), {})
+        release = known_release(name)
+        recipe = release.recipe if release else {}
     return recipe.get("data", {}).get("holdout")
 
 
