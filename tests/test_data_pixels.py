@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,15 @@ def shown(encoded: bytes) -> np.ndarray:
     return pixels[..., 0]
 
 
+def tiff(bits: int, photometric: int, pixels: bytes, floating: bool = False) -> bytes:
+    """An uncompressed TIFF of four grey pixels in a row."""
+    start, entries = 8 + 2 + 12 * 10 + 4, b""
+    tags = [(256, 4), (257, 1), (258, bits), (259, 1), (262, photometric), (273, start)]
+    for tag, value in [*tags, (277, 1), (278, 1), (279, len(pixels)), (339, 3 if floating else 1)]:
+        entries += struct.pack("<HHII", tag, 4, 1, value)
+    return b"II*\0" + struct.pack("<IH", 8, 10) + entries + struct.pack("<I", 0) + pixels
+
+
 class TestGrey:
     @pytest.mark.parametrize("format", ["png", "tiff", "ppm"])
     def test_sixteen_bits_keep_their_range(self, format: str) -> None:
@@ -51,6 +61,22 @@ class TestGrey:
     def test_thirty_two_bits_are_refused(self) -> None:
         with pytest.raises(UnreadableImageError, match="white is unknown; store it as 8 or 16 bits"):
             decode_rgb(encode(Image.fromarray(GREY.astype(np.int32) * 1000), "tiff"))
+
+    @pytest.mark.parametrize("white", [0, 1])
+    def test_a_tiff_says_whether_zero_is_white_and_how_many_bits_there_are(self, white: int) -> None:
+        expected = GREY if white else 255 - GREY
+        assert np.array_equal(shown(tiff(8, white, GREY.tobytes())), expected)
+        assert np.array_equal(shown(tiff(16, white, (GREY.astype("<u2") * 257).tobytes())), expected)
+        floats = tiff(32, white, (GREY / 255).astype("<f4").tobytes(), floating=True)
+        assert np.array_equal(shown(floats), expected)
+
+    def test_of_twelve_bits_the_highest_count(self) -> None:
+        assert shown(tiff(12, 1, bytes.fromhex("000 400 800 FFF".replace(" ", "")))).tolist() == [[0, 64, 128, 255]]
+
+    def test_a_transparent_grey_lies_on_white(self) -> None:
+        for bits, image in ((8, GREY), (16, GREY.astype(np.uint16) * 257)):
+            encoded = encode(Image.fromarray(image), "png", transparency=0)
+            assert shown(encoded).tolist() == [[255, 64, 128, 255]], bits
 
     def test_one_bit_is_black_and_white(self) -> None:
         assert shown(encode(Image.fromarray(GREY).point(lambda v: v > 100, "1"), "png")).tolist() == [[0, 0, 255, 255]]
@@ -71,9 +97,41 @@ class TestColour:
             decoded = decode_rgb(encode(palette, format, transparency=0))
             assert np.asarray(decoded).tolist() == [[[255] * 3, [0, 200, 0]]]
 
-    def test_printers_colours_become_a_screens(self) -> None:
-        red = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg")
+    def test_a_palette_has_as_many_alphas_as_it_likes(self) -> None:
+        palette = Image.new("P", (3, 1))
+        palette.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
+        palette.putdata([0, 1, 2])
+        clear, half, opaque = np.asarray(decode_rgb(encode(palette, "png", transparency=bytes([0, 128]))))[0].tolist()
+        assert (clear, opaque) == ([255] * 3, [0, 0, 200])
+        assert half == pytest.approx([127, 227, 127], abs=1)
+
+    def test_a_transparent_colour_of_sixteen_bits_is_refused(self) -> None:
+        def chunk(name: bytes, data: bytes) -> bytes:
+            return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+        colour = struct.pack(">HHH", 65535, 32768, 0)
+        rest = chunk(b"IDAT", zlib.compress(b"\0" + colour)) + chunk(b"IEND", b"")
+        signature = b"\x89PNG\r\n\x1a\n"
+        assert np.asarray(decode_rgb(signature + header + rest)).tolist() == [[[255, 128, 0]]]
+        with pytest.raises(UnreadableImageError, match=r"16-bit colours one is transparent, .*; store it with alpha"):
+            decode_rgb(signature + header + chunk(b"tRNS", colour) + rest)
+
+    @pytest.mark.parametrize("format", ["jpeg", "tiff"])
+    def test_printers_colours_become_a_screens(self, format: str) -> None:
+        red = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), format)
         assert np.asarray(decode_rgb(red))[0, 0].tolist() == pytest.approx([255, 0, 0], abs=3)
+
+    def test_of_several_sizes_the_largest_is_shown_and_of_several_pages_the_first(self) -> None:
+        red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (256, 256), "blue")
+        for format, options, size in (
+            ("ico", {"sizes": [(16, 16), (64, 64)]}, (64, 64)),
+            ("icns", {"append_images": [blue]}, (1024, 1024)),
+            ("tiff", {"save_all": True, "append_images": [blue]}, (64, 64)),
+        ):
+            decoded = decode_rgb(encode(red.copy(), format, **options))
+            assert decoded.size == size
+            assert np.asarray(decoded)[0, 0].tolist() == [255, 0, 0], format
 
     def test_of_an_animation_the_first_frame_is_shown(self) -> None:
         frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]

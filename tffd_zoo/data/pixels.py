@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -17,6 +18,10 @@ would start Ghostscript, on a file from anywhere.) Likely ones first; TGA has no
 
 WIDE_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's modes of 16-bit grey."""
+
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
+WHITE_IS_ZERO = 0
+"""Tags of TIFF that Pillow leaves to others where grey has more than 8 bits, and what the second may say."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -90,9 +95,18 @@ def as_seen(image: Image.Image) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    key = image.info.get("transparency")
     if image.mode in WIDE_GREY or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # the high byte, as Pillow reads 16-bit colour; its own conversion cuts everything above 255 to white
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).astype(np.int64)
+        grey = values >> (_tiff_tag(image, BITS_PER_SAMPLE, (16,))[0] - 8)
+        if _tiff_tag(image, PHOTOMETRIC, 1) == WHITE_IS_ZERO:
+            grey = 255 - grey
+        if key is not None:
+            grey[values == key] = 255
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if isinstance(key, tuple) and max(key) > 255:
+        raise UnreadableImageError("of its 16-bit colours one is transparent, which is not read; store it with alpha")
     if image.mode == "F":
         grey = np.asarray(image)
         if not (grey.min() >= 0 and grey.max() <= 1):  # a NaN fails both
@@ -100,6 +114,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
                 f"its floats go from {grey.min():g} to {grey.max():g}, so white is unknown; store them in [0, 1] or as "
                 "16 bits"
             )
+        if _tiff_tag(image, PHOTOMETRIC, 1) == WHITE_IS_ZERO:
+            grey = 1 - grey
         return Image.fromarray((grey * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "I":
         raise UnreadableImageError("of 32-bit grey, white is unknown; store it as 8 or 16 bits")
@@ -107,6 +123,10 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _tiff_tag(image: Image.Image, tag: int, default: Any) -> Any:
+    return getattr(image, "tag_v2", {}).get(tag, default)
 
 
 def _turned(rgb: Image.Image, image: Image.Image) -> Image.Image:
