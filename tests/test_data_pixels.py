@@ -123,13 +123,12 @@ class TestColour:
         assert np.asarray(decode_rgb(red))[0, 0].tolist() == pytest.approx([255, 0, 0], abs=3)
 
     def test_of_several_sizes_the_largest_is_shown_and_of_several_pages_the_first(self) -> None:
-        red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (256, 256), "blue")
         for format, options, size in (
             ("ico", {"sizes": [(16, 16), (64, 64)]}, (64, 64)),
-            ("icns", {"append_images": [blue]}, (1024, 1024)),
-            ("tiff", {"save_all": True, "append_images": [blue]}, (64, 64)),
+            ("icns", {}, (1024, 1024)),
+            ("tiff", {"save_all": True, "append_images": [Image.new("RGB", (256, 256), "blue")]}, (64, 64)),
         ):
-            decoded = decode_rgb(encode(red.copy(), format, **options))
+            decoded = decode_rgb(encode(Image.new("RGB", (64, 64), "red"), format, **options))
             assert decoded.size == size
             assert np.asarray(decoded)[0, 0].tolist() == [255, 0, 0], format
 
