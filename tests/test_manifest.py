@@ -623,3 +623,14 @@ def test_a_release_of_today_loads_in_tomorrows_python_without_network(tmp_path: 
     run = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True)
     stored = manifest.release(NAME, copied_manifest)
     assert run.stdout == f"['{NAME}']\nclass 99 c100 {stored.file.path}\n"
+
+
+def test_a_name_of_no_release_is_told_with_those_there_are_or_has_none() -> None:
+    assert manifest.known_release("tffd_resnet20") == manifest.release("tffd_resnet20.c100")
+    assert manifest.known_release("resnet18") is None
+    with pytest.raises(ValueError, match=r"no release is called 'resnet18'; there are: tffd_resnet18\.c100, "):
+        manifest.release("resnet18")
+
+
+def test_what_the_package_names_is_there() -> None:
+    assert all(hasattr(tffd_zoo.models, name) for name in tffd_zoo.models.__all__)
