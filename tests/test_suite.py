@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
@@ -609,6 +610,62 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, monkeypatch: pytest
     for part in parts.split(","):
         alone, together = read_csv(tmp_path / "one" / f"{part}.csv"), read_csv(tmp_path / "two" / f"{part}.csv")
         assert together == alone, part
+
+
+ONE_OF_TWO_FAILS = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from test_suite import RGB, colour_subject, write_folder
+from tffd_zoo.data import open_source
+from tffd_zoo.suite import run
+from tffd_zoo.suite.measurement import Measurement, Part
+from tffd_zoo.suite.setting import Setting, SuiteConfig
+
+dist.init_process_group("gloo")
+run.PartialState()
+rank, folder = dist.get_rank(), Path(sys.argv[1])
+source = open_source(str(folder / "colours"), "test")
+
+def early(subject, setting):  # process 1 fails where process 0 waits for its rows
+    if rank == 1:
+        raise OSError("no room")
+    subject.predict(setting.source)
+    return Measurement()
+
+def late(subject, setting):  # process 0 fails when process 1 is done
+    subject.predict(setting.source)
+    if rank == 0:
+        raise OSError("no room here")
+    return Measurement()
+
+def sound(subject, setting):
+    return Measurement({}, {"images": len(subject.predict(setting.source.subset([0, 1, 2])).targets)})
+
+subject = colour_subject()
+subject.rank, subject.world_size = rank, 2
+results = run.Results()
+parts = [Part(measure.__name__, measure, lambda samples: {}) for measure in (early, late, sound)]
+config = SuiteConfig(kept=folder / "kept")
+measured = run.examine(subject, parts, Setting(config, source, lambda split, column: source), results)
+(folder / f"{rank}.txt").write_text(repr((results.problems, measured["sound"].facts)))
+dist.destroy_process_group()
+"""
+
+
+def test_a_part_that_fails_on_one_process_is_told_by_all_and_they_go_on(colours: ImageSource, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(ONE_OF_TWO_FAILS)
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "script.py")]
+    subprocess.run(
+        [sys.executable, *command, str(tmp_path)],
+        env={**os.environ, **environment, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        check=True,
+        timeout=300,
+    )
+    told = [ast.literal_eval((tmp_path / f"{rank}.txt").read_text()) for rank in range(2)]
+    assert told[0] == (["early of colour: process 1: no room", "late of colour: no room here"], {"images": 3})
+    assert told[1] == (["early of colour: no room", "late of colour: process 0: no room here"], {"images": 3})
 
 
 def test_what_was_measured_is_not_measured_again(suite: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

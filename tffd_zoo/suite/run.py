@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from .measurement import Figures, Measurement, Part
 from .page import PAIRS, write_page
 from .pairs import Difference, differences, mean_over_pairs
 from .setting import STANDARD, Setting, SuiteConfig, test_subset
-from .subject import Subject
+from .subject import Failure, OtherProcessFailed, Subject, exchange
 
 _logger = logging.getLogger(__name__)
 
@@ -187,9 +188,13 @@ def examine(subject: Subject, parts: Sequence[Part], setting: Setting, results: 
                 measured[part.name] = part.measure(subject, setting)
                 if subject.rank == 0:
                     measured[part.name].save(path)
+            exchange(None, subject.world_size)
         except Exception as error:  # whatever a part meets, the others are still worth having
             _logger.debug("%s of %s failed", part.name, subject.name, exc_info=True)
             results.problems.append(f"{part.name} of {subject.name}: {_reason(error)}")
+            if not isinstance(error, OtherProcessFailed):
+                with suppress(OtherProcessFailed):
+                    exchange(Failure(_reason(error)), subject.world_size)
         else:
             results.problems += [f"{part.name} of {subject.name}: {text}" for text in measured[part.name].problems]
     return measured

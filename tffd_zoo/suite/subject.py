@@ -181,8 +181,34 @@ class Subject:
     def _gather(self, arrays: list[np.ndarray], width: int) -> np.ndarray:
         """The rows of all processes, in the order of the ranks, which is that of the images."""
         mine = np.concatenate(arrays) if arrays else np.zeros((0, width), np.float32)
-        if self.world_size == 1:
-            return mine
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, mine)
+        parts = exchange(mine, self.world_size)
         return np.concatenate([part for part in parts if len(part)] or [mine])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a process gives to the others when it cannot give what they wait for."""
+
+    reason: str
+
+
+class OtherProcessFailed(ValueError):
+    """Another process cannot go on with what this one does too."""
+
+
+def exchange(mine: Any, processes: int) -> list[Any]:
+    """What every process gives here, in the order of the ranks.
+
+    Wherever a process gives a `Failure`, the others fail at the exchange that they come to next: none waits for ever.
+
+    Raises:
+        OtherProcessFailed: another one gave a `Failure`.
+    """
+    given: list[Any] = [mine]
+    if processes > 1:
+        given = [None] * processes
+        dist.all_gather_object(given, mine)
+    failed = [f"process {rank}: {one.reason}" for rank, one in enumerate(given) if isinstance(one, Failure)]
+    if failed:
+        raise OtherProcessFailed("; ".join(failed))
+    return given
