@@ -10,13 +10,14 @@ import logging
 import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env, set_seed
 from timm.data import Mixup
@@ -158,7 +159,7 @@ def train(recipe: Recipe) -> Path:
 
     # --- epochs -------------------------------------------------------------------------------------------------------
     bar = tqdm(total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
-    with bar, StopSignal(accelerator) as stop:
+    with bar, _told_of_lost_processes(folder), StopSignal(accelerator) as stop:
         while progress.step < total_steps:
             prepared.train()
             keep_frozen(model)
@@ -328,6 +329,25 @@ def _evaluate(model: nn.Module, batches: Loader, accelerator: Accelerator, layou
         memory_format=layout,
         amp_dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision),
     )
+
+
+@contextmanager
+def _told_of_lost_processes(folder: RunFolder) -> Iterator[None]:
+    """Turn what gloo or NCCL say when another process is gone into one line.
+
+    Raises:
+        ConnectionError: another process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        raise ConnectionError(
+            f"another process of this run is gone ({reason}); give the same command on every machine again: it resumes "
+            f"from the newest checkpoint in {folder.path}"
+        ) from error
 
 
 def _leave(stop: StopSignal, folder: RunFolder, progress: Progress) -> None:
