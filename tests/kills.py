@@ -9,6 +9,7 @@ run is resumed by the same command; its weights are compared byte by byte, and i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -30,12 +31,12 @@ PATIENCE = 600.0
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[bytes]:
-    """Start the run in `folder`, as a process group of its own."""
+    """Start the run in `folder`."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
     env = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         command = [sys.executable, *launch, *RECIPE, "--output", str(folder)]
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
 
 def kill(process: subprocess.Popen[bytes], chance: random.Random) -> str:
@@ -43,10 +44,13 @@ def kill(process: subprocess.Popen[bytes], chance: random.Random) -> str:
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
     found = [int(pid) for pid in workers.stdout.split()]
     if len(found) == 2 and chance.random() < 0.5:
-        os.kill(chance.choice(found), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(chance.choice(found), signal.SIGKILL)
         process.wait(PATIENCE)  # the launcher ends the other
         return "one of two processes"
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in (process.pid, *found):  # torchrun's workers are process groups of their own
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     return "all processes"
 
