@@ -207,6 +207,23 @@ def test_a_disk_that_takes_no_whole_checkpoint_is_told_in_one_line(tmp_path: Pat
         assert not any((run / "checkpoints").iterdir())
 
 
+def test_a_process_that_is_lost_while_a_checkpoint_is_written_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    def lose(*_: Any, **__: Any) -> None:
+        raise RuntimeError(
+            "[/build/gloo/transport/tcp/pair.cc:545] Connection closed by peer [10.0.0.2]:9. Typically so"
+        )
+
+    monkeypatch.setattr(Accelerator, "save_state", lose)
+    said = r"process of this run is gone \(Connection closed by peer \[10\.0\.0\.2\]:9\); .* newest checkpoint in "
+    with pytest.raises(ConnectionError, match=said):
+        train(recipe(tmp_path, tffd=None))
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("limit", [1_000])
 def test_a_full_disk_is_an_error_with_a_mend(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with disk_that_takes(limit), pytest.raises(SystemExit) as left:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env, set_seed
 from timm.data import Mixup
@@ -52,7 +51,7 @@ from .build import (
 )
 from .curves import draw_curves
 from .precision import settle_precision, training_seconds
-from .progress import NonFiniteLoss, Progress, StopSignal, TermSums
+from .progress import NonFiniteLoss, Progress, StopSignal, TermSums, of_a_lost_process
 from .run_folder import RunFolder, data_record
 
 _logger = logging.getLogger(__name__)
@@ -341,9 +340,9 @@ def _told_of_lost_processes(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+        if not of_a_lost_process(error):
             raise
-        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        reason = str(error).splitlines()[0].partition("] ")[2].partition(". ")[0]  # without the place in its source
         raise ConnectionError(
             f"another process of this run is gone ({reason}); give the same command on every machine again: it resumes "
             f"from the newest checkpoint in {folder.path}"

@@ -49,6 +49,7 @@ from ..run_record import (
 )
 from ..threads import cores_per_process
 from .pickles import first_line, refuse_code
+from .progress import of_a_lost_process
 
 CHECKPOINT = "checkpoint.json"
 """What a checkpoint is of: its step, recipe and number of processes, and the hashes of its files..."""
@@ -204,6 +205,8 @@ class RunFolder:
                 RuntimeError,
                 SafetensorError,
             ) as error:  # of a full disk each library tells in its own way
+                if of_a_lost_process(error):
+                    raise
                 raise OSError(
                     f"the checkpoint {folder} cannot be written ({first_line(error)}); is the disk full? Free some "
                     "space: the same command resumes from the checkpoint before it"
