@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import pickle
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -23,9 +21,10 @@ import pytest
 import torch
 from loopback_hub import LoopbackHub
 from PIL import Image
+from processes import elsewhere
 from test_data_loaders import RRC, SPEC, assert_equal, batch_sizes, by_index, seen
 from test_data_sources import README, classes, images, png, write_images, write_parquet
-from test_training import BASE, ROOT, assert_same_weights, recipe, without_times
+from test_training import BASE, assert_same_weights, recipe, without_times
 
 from tffd_zoo.data import Loader, StreamedSource, UnreadableImageError, open_source, open_streamed, streaming
 from tffd_zoo.data.loaders import train_loader
@@ -331,18 +330,13 @@ def test_a_streaming_run_killed_in_mid_epoch_and_resumed_ends_with_the_bits_of_o
         return recipe(tmp_path / run, data=data, optim={"batch_size": 32}, run={"checkpoint_every": 3})
 
     train(streamed("uninterrupted"))
-    code = (
-        "import sys, pickle, pathlib; from tffd_zoo.training import train; "
-        "train(pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()))"
-    )
-    (tmp_path / "recipe.pkl").write_bytes(pickle.dumps(streamed("killed")))
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.pkl")], cwd=ROOT)
+    process = elsewhere(train, streamed("killed"))
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while len(read_metrics(metrics)) < 8 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert 8 <= read_metrics(metrics)[-1]["step"] < 12, "not killed in mid-epoch"
 
     train(streamed("killed"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,12 +15,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import PartialState
 from loopback_hub import LoopbackHub
 from PIL import Image
+from processes import on_two_processes
 from timm.data import create_dataset, create_loader
 from timm.data.model_config import resolve_input_data_config
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import tffd_zoo.eval
 from tffd_zoo.data import eval_loader
@@ -504,43 +506,30 @@ def test_a_student_and_its_data_come_from_the_hub(photos: Path, student: Path, t
     assert (figures["images"], figures["correct1"], figures["correct5"]) == (83, alone["correct1"], alone["correct5"])
 
 
-TWO_PROCESSES = """
-import json, sys
-import torch
-from accelerate import PartialState
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from tffd_zoo.eval import EvalConfig, main
-from tffd_zoo.evaluation import evaluate
-
-student, photos, folder = sys.argv[1:]
-config = EvalConfig(
-    (f"local-dir:{student}",), photos, "validation", batch_size=32, workers=0, json=folder + "/command.json"
-)
-main(config)
-rank = PartialState().process_index
-assert PartialState().num_processes == 2
-model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
-model[0].running_mean.fill_(float(rank))  # statistics are each process's own: rank 0's are the ones that count
-images = torch.arange(21.0).view(7, 3, 1, 1).cos()
-share = images[:6].split(2) if rank == 0 else images[6:].split(2)  # three batches and one
-batches = [(batch, torch.zeros(len(batch), dtype=torch.int64)) for batch in share]
-result = evaluate(DistributedDataParallel(model), batches, device="cpu", distributed=True, progress=False)
-with open(f"{folder}/rank{rank}.json", "w") as file:
-    json.dump(result.to_json(), file)
-"""
+def evaluate_on_one_of_two(student: Path, photos: Path, folder: Path) -> None:
+    main(
+        EvalConfig(
+            (f"local-dir:{student}",),
+            str(photos),
+            "validation",
+            batch_size=32,
+            workers=0,
+            json=str(folder / "command.json"),
+        )
+    )
+    rank = PartialState().process_index
+    assert PartialState().num_processes == 2
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
+    model[0].running_mean.fill_(float(rank))  # statistics are each process's own: rank 0's are the ones that count
+    images = torch.arange(21.0).view(7, 3, 1, 1).cos()
+    share = images[:6].split(2) if rank == 0 else images[6:].split(2)  # three batches and one
+    batches = [(batch, torch.zeros(len(batch), dtype=torch.int64)) for batch in share]
+    result = evaluate(DistributedDataParallel(model), batches, device="cpu", distributed=True, progress=False)
+    (folder / f"rank{rank}.json").write_text(json.dumps(result.to_json()))
 
 
 def test_two_processes_with_uneven_shares_give_the_figures_of_one(photos: Path, student: Path, tmp_path: Path) -> None:
-    script = tmp_path / "two_processes.py"
-    script.write_text(TWO_PROCESSES)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    subprocess.run(
-        [sys.executable, *command, str(student), str(photos), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        check=True,
-        timeout=300,
-    )
+    on_two_processes(evaluate_on_one_of_two, student, photos, tmp_path)
     (together,) = json.loads((tmp_path / "command.json").read_text())
     alone = run(student, photos, tmp_path, batch_size=32)
     assert together["evaluation"]["processes"] == 2

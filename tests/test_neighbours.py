@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import on_two_processes
 from torch import Tensor
 
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, vary
@@ -200,8 +200,9 @@ def test_ps_kd_asks_for_the_images_positions() -> None:
         a_ps_kd_task()(images, targets)
 
 
-def _remember_on_one_of_two(rank: int, address: str) -> None:
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def _remember_on_one_of_two() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     objective = PSKD(PSKDConfig(), LABELS, CLASSES, epochs=2)
     mine = torch.tensor([3, 4, 9] if rank == 0 else [0, 7])  # an uneven last batch
     objective._remember(mine, (mine[:, None] + torch.arange(CLASSES)).float())
@@ -211,9 +212,8 @@ def _remember_on_one_of_two(rank: int, address: str) -> None:
     dist.destroy_process_group()
 
 
-def test_every_process_remembers_what_all_of_them_said(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(_remember_on_one_of_two, args=(f"file://{tmp_path / 'meeting'}",), nprocs=2)
+def test_every_process_remembers_what_all_of_them_said() -> None:
+    on_two_processes(_remember_on_one_of_two)
 
 
 # --- state and export -------------------------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from processes import CONTEXT, elsewhere
 from safetensors.torch import load_file
 from test_data_sources import write_images
 from test_training import assert_same_weights, recipe
@@ -83,29 +83,23 @@ def test_a_run_is_not_resumed_on_other_images_and_nothing_is_touched(
 
 # --- two hands --------------------------------------------------------------------------------------------------------
 
-HOLD = """
-import sys
-from accelerate import Accelerator
-from test_training import recipe
-from pathlib import Path
-from tffd_zoo.training.run_folder import RunFolder
-data = {"label_names": ["a"], "revision": None, "train": {}, "eval": {}}
-folder = RunFolder(recipe(Path(sys.argv[1])), data, Accelerator(cpu=True))
-print("held", flush=True)
-sys.stdin.read()
-"""
+
+def hold(folder: Path, held: Event) -> None:
+    data = {"label_names": ["a"], "revision": None, "train": {}, "eval": {}}
+    _folder = run_folder.RunFolder(recipe(folder), data, Accelerator(cpu=True))
+    held.set()
+    signal.pause()
 
 
 @contextmanager
 def another_process_in(folder: Path) -> Iterator[int]:
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, env={**os.environ, "PYTHONPATH": paths}, **pipes) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process.pid
-        process.kill()
+    held = CONTEXT.Event()
+    process = elsewhere(hold, folder, held)
+    assert held.wait(120)
+    assert process.pid is not None
+    yield process.pid
+    process.kill()
+    process.join()
 
 
 def test_the_second_run_in_a_folder_is_told_who_is_there_and_touches_nothing_until_that_one_ends(

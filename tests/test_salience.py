@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import on_two_processes
 from torch import nn
 
 from tffd_zoo import _lean
@@ -227,10 +227,11 @@ def whole_batch(samples: int) -> list[torch.Tensor]:
     return [feature + 0.5 for feature in relu_features(samples)]  # no zeros, which an empty share must not add
 
 
-def score_own_share(rank: int, folder: str) -> None:
+def score_own_share(folder: Path) -> None:
     """One of two processes: scores its share of each batch and saves the scores and the number of all-reduces."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     reductions = 0
     all_reduce = dist.all_reduce
 
@@ -250,16 +251,14 @@ def score_own_share(rank: int, folder: str) -> None:
         share = [feature.split(EVEN_SHARES)[rank] for feature in whole_batch(sum(EVEN_SHARES))]
         for images in (3, 6):  # of the whole batch: a part of the first share; all of it and a part of the second
             results[metric, images] = stage_salience(share, metric, norms=norms, images=images)
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results_of_two_processes(tmp_path_factory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("gloo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        mp.spawn(score_own_share, args=(str(folder),), nprocs=2)
+    on_two_processes(score_own_share, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

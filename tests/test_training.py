@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from processes import elsewhere, on_two_processes
 from safetensors.torch import load_file
 from test_atomic import disk_that_takes
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,26 +108,21 @@ def assert_same_run(run: Path, uninterrupted: Path) -> None:
     assert records[0] == records[1]
 
 
-def train_elsewhere(folder: Path, *recipes: Recipe) -> subprocess.Popen[bytes]:
-    """One process that runs the recipes in turn."""
-    (folder / "recipes.pkl").write_bytes(pickle.dumps(recipes))
-    code = (
-        "import sys, pickle, pathlib; from tffd_zoo.training import train; "
-        "[train(recipe) for recipe in pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())]"
-    )
-    return subprocess.Popen([sys.executable, "-c", code, str(folder / "recipes.pkl")], cwd=ROOT)
+def train_all(*recipes: Recipe) -> None:
+    for one in recipes:
+        train(one)
 
 
 def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_bits_of_one_that_never_was(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = train_elsewhere(tmp_path, recipe(run, **STATEFUL))
+    process = elsewhere(train, recipe(run, **STATEFUL))
     deadline = time.monotonic() + 240
     while len(read_metrics(run / "metrics.jsonl")) < 9 and time.monotonic() < deadline:  # lambdas and 8 steps
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     killed_at = read_metrics(run / "metrics.jsonl")[-1]["step"]
     assert 8 <= killed_at < 22, "killed too late to show anything"
     assert not (run / "weights" / "last_ema.safetensors").exists() or killed_at > 11
@@ -143,7 +136,9 @@ def test_a_run_in_bf16_stops_and_resumes_to_the_bit(tmp_path: Path) -> None:
     changes: dict[str, Any] = {**STATEFUL, "optim": {"ema_decay": 0.9, "mixup": 0.2, "epochs": 1, "batch_size": 256}}
     runs = (("whole", None), ("stopped", 2), ("stopped", None))
     recipes = [recipe(tmp_path / n, **changes, run={"precision": "bf16", "max_steps": steps}) for n, steps in runs]
-    assert train_elsewhere(tmp_path, *recipes).wait() == 0
+    process = elsewhere(train_all, *recipes)
+    process.join()
+    assert process.exitcode == 0
     for kind in ("last", "last_ema"):
         assert_same_weights(tmp_path / "stopped", tmp_path / "whole", kind)
 
@@ -286,21 +281,8 @@ def test_accumulated_batches_give_the_step_of_the_larger_batch(tmp_path: Path) -
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
 
 
-def on_two_processes(folder: Path, *lines: str) -> None:
-    """Run a script on two processes."""
-    script = folder / "two.py"
-    script.write_text("\n".join([f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]", *lines]))
-    env = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, str(script)], env=env, check=True, timeout=300)
-
-
 def test_two_processes_take_the_steps_of_one_with_tffd_on(tmp_path: Path) -> None:
-    on_two_processes(
-        tmp_path,
-        "from pathlib import Path; from test_training import two_process_recipe; from tffd_zoo.training import train",
-        f"train(two_process_recipe(Path({str(tmp_path / 'two')!r}), 2))",
-    )
+    on_two_processes(train, two_process_recipe(tmp_path / "two", 2))
     train(two_process_recipe(tmp_path / "one", 1))
     one, two = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
     for name, value in one.items():
@@ -340,14 +322,9 @@ def test_each_process_resumes_with_the_loss_sums_of_its_own() -> None:
 
 
 def test_fsdp_takes_the_steps_of_ddp_and_resumes(tmp_path: Path) -> None:
-    for name, steps in (("ddp", 6), ("fsdp", 4), ("fsdp", 6)):
-        on_two_processes(
-            tmp_path,
-            "from pathlib import Path; from test_training import shard_on_cpus, sharded_recipe",
-            "from tffd_zoo.training import train",
-            "shard_on_cpus()" if name == "fsdp" else "",
-            f"train(sharded_recipe(Path({str(tmp_path / name)!r}), {steps}))",
-        )
+    on_two_processes(train, sharded_recipe(tmp_path / "ddp", 6))
+    for steps in (4, 6):
+        on_two_processes(train_sharded, sharded_recipe(tmp_path / "fsdp", steps))
     assert (tmp_path / "fsdp" / "checkpoints" / "step-00000004" / "pytorch_model_fsdp.bin").exists()
     assert_same_weights(tmp_path / "ddp", tmp_path / "fsdp")
 
@@ -357,7 +334,7 @@ def sharded_recipe(output: Path, steps: int) -> Recipe:
     return recipe(output, optim={"batch_size": 64}, tffd=CANONICAL, run=run)
 
 
-def shard_on_cpus() -> None:
+def train_sharded(recipe: Recipe) -> None:
     """Let accelerate, which shards on GPUs alone, do what recipes/accelerate/fsdp.yaml asks for on CPUs."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -377,6 +354,7 @@ def shard_on_cpus() -> None:
             )
 
     AcceleratorState.__init__ = begin_sharded
+    train(recipe)
 
 
 def two_process_recipe(output: Path, processes: int) -> Recipe:

@@ -1,0 +1,44 @@
+"""Processes beside the test's own: forks of one that has imported the package once, which takes seconds each time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from torch.multiprocessing import start_processes
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tffd_zoo.training", "tffd_zoo.eval"])
+
+
+def elsewhere(function: Callable[..., Any], *args: Any) -> ForkServerProcess:
+    """Start `function` in a process of its own, with the environment of this one."""
+    process = CONTEXT.Process(target=_run, args=(dict(os.environ), multiprocessing.get_start_method(), function, args))
+    process.start()
+    return process
+
+
+def on_two_processes(function: Callable[..., Any], *args: Any) -> None:
+    """Run `function` on two processes that find each other as a launcher's do; an error in one is raised here."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment = {**os.environ, **group, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    arguments = (environment, multiprocessing.get_start_method(), function, args)
+    start_processes(_run_ranked, arguments, nprocs=2, start_method="forkserver")
+
+
+def _run_ranked(rank: int, environment: dict[str, str], *arguments: Any) -> None:
+    _run({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *arguments)
+
+
+def _run(environment: dict[str, str], start_method: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    # What this process starts, a loader's workers, comes about as it does in one that nobody forked.
+    multiprocessing.set_start_method(start_method, force=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*args)
