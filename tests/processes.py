@@ -9,6 +9,7 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+import torch
 from torch.multiprocessing import start_processes
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -27,12 +28,13 @@ def on_two_processes(function: Callable[..., Any], *args: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment = {**os.environ, **group, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **group, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
     arguments = (environment, multiprocessing.get_start_method(), function, args)
     start_processes(_run_ranked, arguments, nprocs=2, start_method="forkserver")
 
 
 def _run_ranked(rank: int, environment: dict[str, str], *arguments: Any) -> None:
+    torch.set_num_threads(1)
     _run({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *arguments)
 
 

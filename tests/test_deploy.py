@@ -25,8 +25,6 @@ from tffd_zoo.data import ImageSource, ImageSpec, open_source
 from tffd_zoo.deploy import check_close, deploy, summary, table
 from tffd_zoo.deployment import Classifier, Preprocess
 
-pytestmark = pytest.mark.xdist_group("node")  # one process installs npm's packages, and makes what the tests share
-
 IMAGES = 60
 
 

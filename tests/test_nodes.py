@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from kills import RECIPE, ROOT, outcome
+from processes import on_two_processes
 
 from tffd_zoo.training.loop import _told_of_lost_processes
 
@@ -54,20 +56,20 @@ def lose(host: str) -> None:
         os.kill(int(pid), signal.SIGKILL)
 
 
-def start(hosts: list[str], folder: Path, launched: bool = True) -> list[subprocess.Popen[bytes]]:
-    """Give the same command on both hosts, but for the number of the machine; by accelerate, or by bare Python."""
+def run_the_recipe(folder: Path) -> None:
+    sys.argv = [*RECIPE, "--output", str(folder)]
+    runpy.run_path(RECIPE[0], run_name="__main__")
+
+
+def start(hosts: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Give the same command on both hosts, but for the number of the machine."""
     started = []
     for rank, host in enumerate(hosts):
         env = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
-        launch = []
-        if launched:
-            config = ["--config_file", str(ROOT / "recipes" / "accelerate" / "nodes.yaml")]
-            machines = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
-            launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "-q", *config, *machines]
-            launch += ["--main_process_ip", FIRST_ADDRESS]
-        else:
-            env |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-            env |= {"MASTER_ADDR": FIRST_ADDRESS, "MASTER_PORT": "29500"}
+        config = ["--config_file", str(ROOT / "recipes" / "accelerate" / "nodes.yaml")]
+        machines = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
+        launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "-q", *config, *machines]
+        launch += ["--main_process_ip", FIRST_ADDRESS]
         command = ["ip", "netns", "exec", host, sys.executable, *launch, *RECIPE, "--output", str(folder)]
         with log_of(folder, rank).open("wb") as log:
             started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT))
@@ -82,7 +84,7 @@ def test_a_machine_lost_in_mid_epoch_ends_the_other_in_one_line_and_both_resume_
     hosts: list[str], tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert [process.wait(PATIENCE) for process in start(hosts, whole, launched=False)] == [0, 0]
+    on_two_processes(run_the_recipe, whole)
 
     first, second = start(hosts, cut)
     until = time.monotonic() + PATIENCE

@@ -31,8 +31,6 @@ from tffd_zoo.models import Release, releases
 from tffd_zoo.recipe import vary
 from tffd_zoo.run_record import RunRecord
 
-pytestmark = pytest.mark.xdist_group("node")
-
 STUDENT, TWIN = "tffd_resnet20.c100", "tffd_resnet20.ce_c100"
 
 

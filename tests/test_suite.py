@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +12,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from PIL import Image
+from processes import on_two_processes
 from small_export import small_export
 from torch import nn
 
@@ -582,6 +580,12 @@ def test_flags_that_would_do_nothing_are_refused() -> None:
         EvalConfig(("tffd_resnet20",), "digits", json=Path("figures.json"), more=SuiteConfig(suite="clean"))
 
 
+def evaluate_with_cache(config: EvalConfig, assets: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        use_cache(patch, assets)
+        evaluate_models(config)
+
+
 def test_two_processes_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = f"local-dir:{small_export(tmp_path / 'run', size=32) / 'export'}"
     parts = "clean,calibration,corruptions,duplicates,ood,transfer"
@@ -590,82 +594,52 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, monkeypatch: pytest
     )
     use_cache(monkeypatch, tmp_path / "assets")
     evaluate_models(EvalConfig((model,), "digits", device="cpu", more=few))
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    flags = ["--images", "41", "--fit-images", "60", "--corruption-images", "11", "--out", str(tmp_path / "two")]
-    command = ["-m", "tffd_zoo.eval", model, "--data", "digits", "--suite", parts, "--kept", str(tmp_path / "kept2")]
-    subprocess.run(
-        [sys.executable, *launch, *command, *flags],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "ACCELERATE_USE_CPU": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            "HF_ASSETS_CACHE": str(tmp_path / "assets2"),  # both begin without corrupted images and make them once
-        },
-        check=True,
-        timeout=300,
+    shared = replace(few, out=tmp_path / "two", kept=tmp_path / "kept2")
+    # both begin without corrupted images and make them once
+    on_two_processes(
+        evaluate_with_cache, EvalConfig((model,), "digits", device="cpu", more=shared), tmp_path / "assets2"
     )
     for part in parts.split(","):
         alone, together = read_csv(tmp_path / "one" / f"{part}.csv"), read_csv(tmp_path / "two" / f"{part}.csv")
         assert together == alone, part
 
 
-ONE_OF_TWO_FAILS = """
-import sys
-from pathlib import Path
-import torch.distributed as dist
-from test_suite import RGB, colour_subject, write_folder
-from tffd_zoo.data import open_source
-from tffd_zoo.suite import run
-from tffd_zoo.suite.measurement import Measurement, Part
-from tffd_zoo.suite.setting import Setting, SuiteConfig
+def examine_on_one_of_two(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    run.PartialState()
+    rank = dist.get_rank()
+    source = open_source(str(folder / "colours"), "test")
 
-dist.init_process_group("gloo")
-run.PartialState()
-rank, folder = dist.get_rank(), Path(sys.argv[1])
-source = open_source(str(folder / "colours"), "test")
+    def early(subject: Subject, setting: run.Setting) -> Measurement:
+        if rank == 1:  # where process 0 waits for its rows
+            raise OSError("no room")
+        subject.predict(setting.source)
+        return Measurement()
 
-def early(subject, setting):  # process 1 fails where process 0 waits for its rows
-    if rank == 1:
-        raise OSError("no room")
-    subject.predict(setting.source)
-    return Measurement()
+    def late(subject: Subject, setting: run.Setting) -> Measurement:
+        subject.predict(setting.source)
+        if rank == 0:  # when process 1 is done
+            raise OSError("no room here")
+        return Measurement()
 
-def late(subject, setting):  # process 0 fails when process 1 is done
-    subject.predict(setting.source)
-    if rank == 0:
-        raise OSError("no room here")
-    return Measurement()
+    def sound(subject: Subject, setting: run.Setting) -> Measurement:
+        return Measurement({}, {"images": len(subject.predict(setting.source.subset([0, 1, 2])).targets)})
 
-def sound(subject, setting):
-    return Measurement({}, {"images": len(subject.predict(setting.source.subset([0, 1, 2])).targets)})
-
-subject = colour_subject()
-subject.rank, subject.world_size = rank, 2
-results = run.Results()
-parts = [Part(measure.__name__, measure, lambda samples: {}) for measure in (early, late, sound)]
-config = SuiteConfig(kept=folder / "kept")
-measured = run.examine(subject, parts, Setting(config, source, lambda split, column: source), results)
-(folder / f"{rank}.txt").write_text(repr((results.problems, measured["sound"].facts)))
-dist.destroy_process_group()
-"""
+    subject = colour_subject()
+    subject.rank, subject.world_size = rank, 2
+    results = run.Results()
+    parts = [Part(measure.__name__, measure, lambda samples: {}) for measure in (early, late, sound)]
+    setting = run.Setting(SuiteConfig(kept=folder / "kept"), source, lambda split, column: source)
+    measured = run.examine(subject, parts, setting, results)
+    (folder / f"{rank}.json").write_text(json.dumps([results.problems, measured["sound"].facts]))
+    dist.destroy_process_group()
 
 
 def test_a_part_that_fails_on_one_process_is_told_by_all_and_they_go_on(colours: ImageSource, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(ONE_OF_TWO_FAILS)
-    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "script.py")]
-    subprocess.run(
-        [sys.executable, *command, str(tmp_path)],
-        env={**os.environ, **environment, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        check=True,
-        timeout=300,
-    )
-    told = [ast.literal_eval((tmp_path / f"{rank}.txt").read_text()) for rank in range(2)]
-    assert told[0] == (["early of colour: process 1: no room", "late of colour: no room here"], {"images": 3})
-    assert told[1] == (["early of colour: no room", "late of colour: process 0: no room here"], {"images": 3})
+    on_two_processes(examine_on_one_of_two, tmp_path)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert told[0] == [["early of colour: process 1: no room", "late of colour: no room here"], {"images": 3}]
+    assert told[1] == [["early of colour: no room", "late of colour: process 0: no room here"], {"images": 3}]
 
 
 def test_what_was_measured_is_not_measured_again(suite: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

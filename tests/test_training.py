@@ -242,6 +242,7 @@ def test_a_checkpoint_of_another_recipe_or_number_of_processes_is_named(tmp_path
     about = tmp_path / "checkpoints" / "step-00000001" / "checkpoint.json"
     record = json.loads(about.read_text())
     assert record["step"] == 1
+    del record["sha256_of_the_rest"]  # written before there was one
     about.write_text(json.dumps({**record, "processes": 2}))
     with pytest.raises(ValueError, match=r"of a run on 2 process\(es\), and this one has 1; start 2, or pass --output"):
         train(recipe(tmp_path))
