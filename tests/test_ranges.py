@@ -146,6 +146,15 @@ def test_a_methods_flag_is_named_in_full() -> None:
             recipe_from_cli(presets, "", args)
 
 
+def test_a_number_that_another_setting_makes_idle_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--tffd\.p 1 does nothing with salience 'entropy'; it belongs to 'lp'"):
+        TfFDConfig(salience="entropy", p=1)
+    assert TfFDConfig(p=1).p == 1
+    with pytest.raises(ValueError, match=r"--lr-warmup-epochs 2\.5 is longer than the run of 2 epochs; shorten it"):
+        replace(BASE.optim, epochs=2, lr_warmup_epochs=2.5)
+    assert replace(BASE.optim, epochs=2, lr_warmup_epochs=2.0).lr_warmup_epochs == 2
+
+
 def test_what_cannot_be_parsed_is_told_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         recipe_from_cli({"test": BASE}, "", ["--lr", "fast"])

@@ -145,6 +145,11 @@ class OptimConfig:
         check_ranges(self)
         if list(self.milestones) != sorted(self.milestones):
             raise ValueError(f"--milestones {' '.join(map(str, self.milestones))} go back in time; put them in order")
+        if self.lr_warmup_epochs > self.epochs:
+            raise ValueError(
+                f"--lr-warmup-epochs {self.lr_warmup_epochs:g} is longer than the run of {self.epochs} epochs; shorten "
+                "it, to 0 for none"
+            )
 
 
 @dataclass(frozen=True)

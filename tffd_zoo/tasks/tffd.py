@@ -86,6 +86,8 @@ class TfFDConfig(Method):
         for loss in (self.intra_loss, self.inter_loss):
             if loss not in FEATURE_LOSSES:
                 raise ValueError(f"unknown feature loss '{loss}'; choose one of {', '.join(FEATURE_LOSSES)}")
+        if self.p != 2 and self.salience != "lp":
+            raise ValueError(f"--tffd.p {self.p} does nothing with salience '{self.salience}'; it belongs to 'lp'")
 
     @property
     def pre_activation(self) -> bool:
