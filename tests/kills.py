@@ -55,6 +55,12 @@ def kill(process: subprocess.Popen[bytes], chance: random.Random) -> str:
     return "all processes"
 
 
+def lines_of(folder: Path) -> int:
+    """How many lines of metrics there are so far."""
+    metrics = folder / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
 def outcome(folder: Path) -> dict[str, object]:
     """What has to be the same, by name."""
     timed = ("images_per_second", "seconds", "hours")
@@ -79,27 +85,26 @@ def main() -> None:
         whole = root / f"whole-{processes}"
         process = start(whole, processes)
         begun = time.monotonic()
-        while not (whole / "metrics.jsonl").exists() and process.poll() is None:
+        while not lines_of(whole) and process.poll() is None:
             time.sleep(0.05)
-        training = time.monotonic()
+        started = time.monotonic() - begun
         if process.wait(PATIENCE):
             sys.exit(f"the run that nobody kills failed; see {root / (whole.name + '.log')}")
-        expected, ended = outcome(whole), time.monotonic()
+        expected = outcome(whole)
         counts: Counter[str] = Counter()
         for number in range(options.kills):
             folder = root / f"killed-{processes}-{number}"
-            metrics = folder / "metrics.jsonl"
             process = start(folder, processes)
-            # one in five anywhere, starting included; the others while it trains, evaluates, writes and exports
+            # one in five while it starts; the others after some line, as they train, evaluate, write and export
             if chance.random() > 0.2:
-                while not metrics.exists() and process.poll() is None:
-                    time.sleep(0.05)
-                moment = chance.uniform(0, ended - training)
+                after, moment = chance.randrange(lines_of(whole)), chance.uniform(0, 0.5)
+                while lines_of(folder) < after and process.poll() is None:
+                    time.sleep(0.02)
             else:
-                moment = chance.uniform(0, ended - begun)
+                moment = chance.uniform(0, started)
             time.sleep(moment)
             how = "after its end" if process.poll() is not None else kill(process, chance)
-            lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+            lines = lines_of(folder)
             resumed = start(folder, processes)
             failed = resumed.wait(PATIENCE)
             found = {} if failed else outcome(folder)
