@@ -388,6 +388,18 @@ def test_weights_that_diverge_in_the_last_step_of_an_epoch_are_told_with_the_ste
     assert all(torch.isfinite(value).all() for f in tmp_path.glob("weights/*") for value in load_file(f).values())
 
 
+def test_evaluation_every_third_epoch_and_after_the_last_changes_nothing_else(tmp_path: Path) -> None:
+    kept = {"checkpoint_every": 100, "keep_checkpoints": 4}
+    for every in (1, 3):
+        train(recipe(tmp_path / str(every), optim={"epochs": 4, "ema_decay": 0.9}, run={"eval_every": every, **kept}))
+    often, seldom = (without_times(read_metrics(tmp_path / str(every) / "metrics.jsonl")) for every in (1, 3))
+    assert [line["epoch"] for line in often if line["kind"] == "eval"] == [1, 2, 3, 4]
+    assert seldom == [line for line in often if line["kind"] != "eval" or line["epoch"] in (3, 4)]
+    assert_same_weights(tmp_path / "1", tmp_path / "3")
+    assert_same_weights(tmp_path / "1", tmp_path / "3", "last_ema")
+    assert {path.name[-2:] for path in (tmp_path / "3" / "checkpoints").iterdir()} == {"12", "24", "36", "48"}
+
+
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import accelerate.tracking
 

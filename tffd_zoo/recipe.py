@@ -45,7 +45,7 @@ from .tasks import (
 # Fields that change where and how a run is kept, not what it computes: a resumed run may differ in them.
 OPERATIONAL = (
     "run.output", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.max_steps",
-    "run.threads", "data.workers", "data.in_memory",
+    "run.threads", "run.eval_every", "data.workers", "data.in_memory",
 )  # fmt: skip
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
@@ -63,7 +63,7 @@ class DataConfig:
     train_split: str = "train"
     """Split to train on."""
     eval_split: str | None = None
-    """Split to evaluate on after every epoch; validation, or else test, when not given."""
+    """Split to evaluate on; validation, or else test, when not given."""
     holdout: Annotated[int, NOT_NEGATIVE] = 0
     """Hold so many training images out, evenly over the classes, and evaluate on them in place of the evaluation split:
     for choosing settings."""
@@ -178,6 +178,8 @@ class RunConfig:
     """Newest checkpoints kept."""
     log_every: Annotated[int, COUNT] = 50
     """Steps between lines of the metrics file."""
+    eval_every: Annotated[int, COUNT] = 1
+    """Epochs between evaluations; there is one after the last epoch too."""
     measure_every: Annotated[int, NOT_NEGATIVE] = 0
     """Measure gradient shares every so many batches, as a diagnostic; 0 never. Such a batch costs about three."""
     max_steps: Annotated[int | None, COUNT] = None

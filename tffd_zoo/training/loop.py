@@ -207,30 +207,33 @@ def train(recipe: Recipe) -> Path:
             # the end of an epoch
             losses = sums.report()
             sums.reset()
-            line: dict[str, Any] = {"kind": "eval", "step": progress.step, "epoch": progress.fraction, "train": losses}
-            _gather(model, whole)
-            for prefix, weights in {"": whole, **({"ema_": ema.module} if ema is not None else {})}.items():
-                try:
-                    result = _evaluate(weights, eval_batches, accelerator, layout)
-                except NonFiniteLogits as error:
-                    raise NonFiniteLoss(
-                        f"loss '{prefix}nll' of the evaluation was not finite after step {progress.step}; the "
-                        "checkpoints are from before that: lower --lr, and pass --output with a new folder"
-                    ) from error
-                line |= {f"{prefix}{name}": value for name, value in result.to_json().items()}
-                folder.save_weights(weights, "last", progress.step, ema=bool(prefix))
-                if result.top1 > progress.best.get(prefix, -1.0):
-                    progress.best[prefix] = result.top1
-                    folder.save_weights(weights, "best", progress.step, ema=bool(prefix))
-            folder.append({**line, "hours": progress.hours})
+            if progress.step == total_steps or progress.epoch % run.eval_every == 0:
+                line: dict[str, Any] = {
+                    "kind": "eval", "step": progress.step, "epoch": progress.fraction, "train": losses
+                }  # fmt: skip
+                _gather(model, whole)
+                for prefix, weights in {"": whole, **({"ema_": ema.module} if ema is not None else {})}.items():
+                    try:
+                        result = _evaluate(weights, eval_batches, accelerator, layout)
+                    except NonFiniteLogits as error:
+                        raise NonFiniteLoss(
+                            f"loss '{prefix}nll' of the evaluation was not finite after step {progress.step}; the "
+                            "checkpoints are from before that: lower --lr, and pass --output with a new folder"
+                        ) from error
+                    line |= {f"{prefix}{name}": value for name, value in result.to_json().items()}
+                    folder.save_weights(weights, "last", progress.step, ema=bool(prefix))
+                    if result.top1 > progress.best.get(prefix, -1.0):
+                        progress.best[prefix] = result.top1
+                        folder.save_weights(weights, "best", progress.step, ema=bool(prefix))
+                folder.append({**line, "hours": progress.hours})
+                accelerator.log({f"eval/{name}": line[name] for name in FIGURES}, step=progress.step)
+                if accelerator.is_main_process:
+                    shown = ", ".join(f"{figure.title} {figure.shown(line[name])}" for name, figure in FIGURES.items())
+                    bar.write(
+                        f"epoch {progress.fraction:g}: train loss {losses['loss']:.3f}, {shown}; "
+                        f"best top-1 {progress.best['']:.2f}"
+                    )
             folder.save_checkpoint(progress.step)
-            accelerator.log({f"eval/{name}": line[name] for name in FIGURES}, step=progress.step)
-            if accelerator.is_main_process:
-                shown = ", ".join(f"{figure.title} {figure.shown(line[name])}" for name, figure in FIGURES.items())
-                bar.write(
-                    f"epoch {progress.fraction:g}: train loss {losses['loss']:.3f}, {shown}; "
-                    f"best top-1 {progress.best['']:.2f}"
-                )
             if stop.agreed and progress.step < total_steps:
                 _leave(stop, folder, progress)
 
