@@ -514,17 +514,31 @@ def pair(
 ) -> tuple[Row, Row]:
     """A student and its plain twin, of one recipe and seed; what is known of the two from elsewhere."""
     change: dict[str, Any] = {"model": f"tffd_{network}", "optim": {"epochs": epochs}, "data": data}
-    plain = Row(f"zoo-{network}-plain", "cross-entropy alone", change, published=known, seeds=seeds)
-    ours = {"tffd": train_cifar100.ZOO.tffd}
-    return plain, Row(f"zoo-{network}", "and Tf-FD", ours, plain.name, published=tffd, seeds=seeds)
+    name, ours = f"zoo-{network}-{epochs}", {"tffd": train_cifar100.ZOO.tffd}
+    plain = Row(f"{name}-plain", "cross-entropy alone", change, published=known, seeds=seeds)
+    return plain, Row(name, "and Tf-FD", ours, plain.name, published=tffd, seeds=seeds)
 
 
+ZOO = vary(train_cifar100.ZOO_PLAIN, "zoo", run={**BF16, "eval_every": 5})
+RESNET20 = pair("resnet20", 150, (0, 1, 2), Published(68.83, PUBLIC_ZOO), TFFD)
+
+LENGTHS = Study(
+    "lengths",
+    "what do more epochs give ResNet-20, and does Tf-FD give more in longer runs?",
+    ZOO,
+    (
+        *pair("resnet20", 15, (0,)),
+        *pair("resnet20", 30, (0,)),
+        *pair("resnet20", 60, (0,)),
+        *RESNET20,
+    ),
+)
 STUDENTS = Study(
     "students",
     "what do the zoo's students reach, and what does Tf-FD give them?",
-    vary(train_cifar100.ZOO_PLAIN, "zoo", run={**BF16, "eval_every": 5}),
+    ZOO,
     (
-        *pair("resnet20", 60, (0, 1, 2), Published(68.83, PUBLIC_ZOO), TFFD),
+        *RESNET20,
         *pair("resnet18", 40, (0,), image_size=64),
         *pair("resnet32", 120, (0,), Published(70.16, PUBLIC_ZOO), Published(72.55, POSTER, 71.14)),
         *pair("vgg8", 100, (0,), Published(70.36, CRD), Published(71.62, POSTER, 70.36)),
