@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tffd_zoo import threads
-from tffd_zoo.threads import cores_per_process, use_threads
+from tffd_zoo.threads import cores_per_process, idle_cores, use_threads
 
 
 @pytest.fixture
@@ -45,6 +45,24 @@ def test_what_the_user_says_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (use_threads(3), torch.get_num_threads()) == (3, 3)
     with pytest.raises(ValueError, match="threads is 0; give 1 or more"):
         use_threads(0)
+
+
+def test_idle_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda seconds, percpu: [0.0, 100.0, 25.0, 0.0])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 3})
+    assert idle_cores() == 1.75
+
+
+def test_a_core_on_which_another_process_computes_is_not_idle() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})  # what it starts runs there too
+    busy = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+    try:
+        assert idle_cores() < 0.5
+    finally:
+        busy.kill()
+        busy.wait()
+        os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.parametrize(("set_by_user", "expected"), [(None, "7"), ("1", "1")])

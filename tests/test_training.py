@@ -23,6 +23,7 @@ from tffd_zoo.cli import guard
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, differences, recipe_from_cli, vary
 from tffd_zoo.run_record import read_metrics
 from tffd_zoo.tasks import CANONICAL
+from tffd_zoo.threads import threads_kept
 from tffd_zoo.training import NonFiniteLoss, RunFolder, train
 from tffd_zoo.training.progress import TermSums
 
@@ -398,6 +399,16 @@ def test_evaluation_every_third_epoch_and_after_the_last_changes_nothing_else(tm
     assert_same_weights(tmp_path / "1", tmp_path / "3")
     assert_same_weights(tmp_path / "1", tmp_path / "3", "last_ema")
     assert {path.name[-2:] for path in (tmp_path / "3" / "checkpoints").iterdir()} == {"12", "24", "36", "48"}
+
+
+@pytest.mark.parametrize(("idle", "told"), [(0.6, True), (1.9, False)])
+def test_a_run_whose_cores_are_busy_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], idle: float, told: bool
+) -> None:
+    monkeypatch.setattr("tffd_zoo.training.loop.idle_cores", lambda: idle)
+    with threads_kept():
+        train(recipe(tmp_path, run={"threads": 2, "max_steps": 1}))
+    assert (f"2 threads, and {idle} of the cores are idle" in capsys.readouterr().out) == told
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,15 @@ def use_threads(threads: int | None, processes: int = 1) -> int:
     return threads
 
 
+def idle_cores(seconds: float = 0.3) -> float:
+    """Return how many of the cores that this process may run on nobody uses, looked at for so many seconds."""
+    import psutil
+
+    busy = psutil.cpu_percent(seconds, percpu=True)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(busy))
+    return sum(1 - busy[core] / 100 for core in allowed if core < len(busy))
+
+
 @contextmanager
 def threads_kept() -> Iterator[None]:
     """Leave torch with as many threads as it had, whatever sets another number inside."""

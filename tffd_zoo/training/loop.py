@@ -33,7 +33,7 @@ from ..evaluation import FIGURES, EvalResult, NonFiniteLogits, evaluate
 from ..export import export_run
 from ..recipe import OptimConfig, Recipe
 from ..tasks import DistillationTask
-from ..threads import use_threads
+from ..threads import idle_cores, use_threads
 from .build import (
     check_batch_of_one,
     check_image_size,
@@ -147,6 +147,7 @@ def train(recipe: Recipe) -> Path:
         folder.append({"kind": "lambdas", "step": 0, "epoch": 0.0, **lambdas})
         accelerator.print("by gradient share: " + ", ".join(f"lambda_{k} {v:.4g}" for k, v in lambdas.items()))
     scheduler.step_update(progress.step)
+    _tell_of_busy_cores(threads, accelerator)
     accelerator.print(
         f"{recipe.model}, {recipe.name}: {train_batches.describe()}\n"
         f"evaluated on {eval_source.describe()}\n"
@@ -261,6 +262,17 @@ class _Timer:
         rate = self.images / (now - self.started)
         self.images, self.started = 0, now
         return round(rate, 1)
+
+
+def _tell_of_busy_cores(threads: int, accelerator: Accelerator) -> None:
+    """Warn where somebody else computes on the cores: parallel loops then wait for whole time slices of the others."""
+    if accelerator.device.type != "cpu" or accelerator.num_processes > 1 or threads == 1:
+        return
+    if (idle := idle_cores()) < threads - 0.5:
+        accelerator.print(
+            f"warning: {threads} threads, and {idle:.1f} of the cores are idle: whatever else computes here and this "
+            "run slow each other many times over; give runs side by side --threads of their own"
+        )
 
 
 def _choose_lambdas(
