@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	$(BIN)/python -m tffd_zoo.eval local-dir:runs/quickstart-tffd_resnet20-s0/export --data digits --split test
 
 test: lint
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

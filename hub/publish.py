@@ -39,7 +39,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tffd_zoo._version import __version__
-from tffd_zoo.cards import Twin
 from tffd_zoo.cli import run_cli
 from tffd_zoo.eval import EvalConfig
 from tffd_zoo.eval import main as evaluate
@@ -56,6 +55,7 @@ from tffd_zoo.export_record import (
     verify_export,
 )
 from tffd_zoo.json_files import read_json
+from tffd_zoo.model_card import Twin
 from tffd_zoo.models import HubFile, add_release, releases
 from tffd_zoo.models.weights import reason_of
 from tffd_zoo.ranges import NOT_NEGATIVE, POSITIVE

@@ -13,12 +13,18 @@ from tffd_zoo.threads import threads_kept
 DATA_ROOT = Path(os.environ.get("TFFD_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+# `make test` gives whole files to its two processes, in this order: a long one that came last would leave one idle.
+LONGEST_FIRST = [f"test_{name}.py" for name in ("training", "publish", "nodes", "compare", "suite", "loopback_hub")]
+
+
 def pytest_report_header() -> str:
     found = "found" if DATA_ROOT.is_dir() else "missing, so the tests on real images are deselected; set TFFD_DATA"
     return f"real images: {DATA_ROOT} ({found})"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    others = len(LONGEST_FIRST)
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else others)
     if DATA_ROOT.is_dir():
         return
     impossible = [item for item in items if "data_root" in getattr(item, "fixturenames", ())]

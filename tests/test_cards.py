@@ -11,20 +11,10 @@ import yaml
 from huggingface_hub import EvalResult as HubResult
 from huggingface_hub import ModelCard
 
-from tffd_zoo.cards import (
-    CITATION,
-    CardInfo,
-    CardsConfig,
-    Twin,
-    main,
-    marks,
-    render_card,
-    render_results,
-    render_students,
-    render_suite,
-)
+from tffd_zoo.cards import CardsConfig, main, marks, render_results, render_students, render_suite
 from tffd_zoo.data import ImageSpec
 from tffd_zoo.evaluation import EvalResult
+from tffd_zoo.model_card import CITATION, CardInfo, Twin, render_card
 from tffd_zoo.models import Metrics, Release, Training, WheelFile
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, vary
 from tffd_zoo.tasks import CANONICAL, KDConfig, TeacherConfig, method_tag

@@ -22,7 +22,6 @@ from small_export import small_export
 from test_atomic import disk_that_takes
 from torch import nn
 
-from tffd_zoo.cards import Twin
 from tffd_zoo.cli import run_cli
 from tffd_zoo.evaluation import EvalResult
 from tffd_zoo.export import (
@@ -33,6 +32,7 @@ from tffd_zoo.export import (
     rewrite_card,
 )
 from tffd_zoo.export_record import ExportInfo, verify_export, write_sums
+from tffd_zoo.model_card import Twin
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, vary
 from tffd_zoo.tasks import CANONICAL
 

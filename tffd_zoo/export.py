@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .atomic import replacing_folder, save_tensors
-from .cards import LICENSE, CardInfo, Twin, render_card
 from .cli import run_cli
 from .evaluation import EvalResult, model_cost
 from .export_record import (
@@ -44,6 +43,7 @@ from .export_record import (
 from .json_files import read_json
 from .known_data import data_tag, portable, portable_recipe, portable_source
 from .loading import size_arguments
+from .model_card import LICENSE, CardInfo, Twin, render_card
 from .models import tffd_imagenet
 from .ranges import POSITIVE
 from .run_record import CURVES, DATA, ENVIRONMENT, EXPORT, METRICS_LINES, RECIPE, RunRecord, weights_file
