@@ -42,6 +42,7 @@ from tffd_zoo.pictures import COLOURS, NEUTRAL, house_style, save_png
 from tffd_zoo.ranges import POSITIVE
 from tffd_zoo.recipe import Recipe, vary
 from tffd_zoo.run_record import METRICS_LINES, read_metrics, weights_file
+from tffd_zoo.stages import find_stages
 from tffd_zoo.tasks import CANONICAL
 from tffd_zoo.training import train
 from tffd_zoo.training.build import image_spec, make_loaders, make_task, memory_format, open_sources
@@ -167,11 +168,18 @@ def steps(bench: Bench) -> Iterator[Row]:
 
 
 def remains(bench: Bench) -> Iterator[Row]:
-    """The profile of an eager step: what its operations take with Tf-FD, less without; the twelve that take most."""
-    wide = twins("tffd_wrn16_2", 32, 64)
+    """The profile of an eager step: what its operations take with Tf-FD, less without; the eight that take most.
+
+    Beside it what memory allows: the time to copy the features of all stages once, in float32. Whatever a loss needs of
+    them it has to read, and a gradient to write.
+    """
+    narrow, wide = twins(*STEPS[0][:3]), twins("tffd_wrn16_2", 32, 64)
+    relations = {"intra_loss": "sp", "inter_loss": "sp"}
     cases = {
-        "resnet20, batch 128, float32": twins(*STEPS[0][:3]),
-        "wrn16_2, batch 64, bf16": {name: vary(recipe, name, **BF16) for name, recipe in wide.items()},
+        "resnet20, batch 128, float32": narrow,
+        "resnet20, batch 128, bf16": _in_bf16(narrow),
+        "resnet20, batch 128, bf16, sp": _in_bf16({**narrow, "tffd": vary(narrow["tffd"], "sp", tffd=relations)}),
+        "wrn16_2, batch 64, bf16": _in_bf16(wide),
     }
     for case, recipes in cases.items():
         taken: dict[str, list[dict[str, float]]] = {}
@@ -191,8 +199,33 @@ def remains(bench: Bench) -> Iterator[Row]:
             ]
             for key in taken["tffd"][0]
         }
-        for key in sorted(extra, key=lambda key: -statistics.median(extra[key]))[:12]:
+        whole = [sum(each.values()) for each in taken["plain"]]
+        yield summary("remains", f"{case}: the plain step", whole, unit="ms")
+        yield summary("remains", f"{case}: all that Tf-FD adds", [*map(sum, zip(*extra.values()))], unit="ms")
+        yield summary("remains", f"{case}: one copy of the features", copies(recipes["tffd"], bench), unit="ms")
+        for key in sorted(extra, key=lambda key: -statistics.median(extra[key]))[:8]:
             yield summary("remains", f"{case}: `{key}`", extra[key], unit="ms")
+
+
+def _in_bf16(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    return {name: vary(recipe, name, **BF16) for name, recipe in recipes.items()}
+
+
+def copies(recipe: Recipe, bench: Bench) -> list[float]:
+    """Milliseconds that it takes to copy the stages' features in float32, each time anew."""
+    model = create_model(recipe.model, num_classes=bench.source.num_classes)
+    stages, size = find_stages(model), recipe.data.image_size or image_spec(recipe, model).input_size[-1]
+    features = [
+        torch.randn(recipe.optim.batch_size, channels, size // reduction, size // reduction)
+        for channels, reduction in zip(stages.channels, stages.reductions, strict=True)
+    ]
+    targets = [torch.empty_like(feature) for feature in features]
+
+    def copy() -> None:
+        for target, feature in zip(targets, features, strict=True):
+            target.copy_(feature)
+
+    return [1000 * seconds for seconds in interleave({"copy": copy}, bench.rounds(10))["copy"]]
 
 
 def layouts(bench: Bench) -> Iterator[Row]:
@@ -354,7 +387,7 @@ def streaming(bench: Bench) -> Iterator[Row]:
     split = bench.config.jpeg_split
     data = {"source": bench.config.jpeg, "train_split": split, "eval_split": split, "workers": 2}
     loaders = {}
-    for name, streamed in (("streamed", True), ("on disk", False)):
+    for name, streamed in (("streamed", True), ("on-disk", False)):
         recipe = vary(train_imagenet.TFFD, name, data={**data, "streaming": streamed}, optim={"batch_size": 50})
         sources = open_sources(recipe.data)
         spec = image_spec(recipe, create_model(recipe.model))
@@ -368,9 +401,9 @@ def streaming(bench: Bench) -> Iterator[Row]:
         return run
 
     times = interleave({name: epoch(name) for name in loaders}, bench.rounds(3), warmup=0)
-    assert counts["streamed"] == counts["on disk"]
-    yield compare("streaming", "images/s streamed / from the disk, 2 workers", times["on disk"], times["streamed"])
-    rates = [counts["on disk"] / seconds for seconds in times["on disk"]]
+    assert counts["streamed"] == counts["on-disk"]
+    yield compare("streaming", "images/s streamed / from the disk, 2 workers", times["on-disk"], times["streamed"])
+    rates = [counts["on-disk"] / seconds for seconds in times["on-disk"]]
     yield summary("streaming", "images/s from the disk, 2 workers", rates, unit="images/s")
 
 
@@ -565,10 +598,11 @@ def main(config: BenchmarkConfig) -> None:
             raise ValueError(f"{place} holds no figures: run the benchmark without --report first")
     else:
         with _bench(config) as bench:
+            measured = environment(bench.accelerator)  # once: what this writes makes the clone another than its commit
             for part in config.parts or PARTS:
                 kept = [row for row in record["rows"] if row["part"] != part]
                 record["rows"] = kept + [dataclasses.asdict(row) for row in _shown(PARTS[part](bench))]
-                record["measured"][part] = environment(bench.accelerator)
+                record["measured"][part] = measured
                 _write(place, json.dumps(record, indent=1) + "\n")  # a part is kept once it is measured
                 torch.compiler.reset()
     draw([Row(**row) for row in record["rows"]], config.output / "methods.png")
