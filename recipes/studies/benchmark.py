@@ -200,8 +200,9 @@ def remains(bench: Bench) -> Iterator[Row]:
             for key in taken["tffd"][0]
         }
         whole = [sum(each.values()) for each in taken["plain"]]
+        added = [sum(each) for each in zip(*extra.values(), strict=True)]
         yield summary("remains", f"{case}: the plain step", whole, unit="ms")
-        yield summary("remains", f"{case}: all that Tf-FD adds", [*map(sum, zip(*extra.values()))], unit="ms")
+        yield summary("remains", f"{case}: all that Tf-FD adds", added, unit="ms")
         yield summary("remains", f"{case}: one copy of the features", copies(recipes["tffd"], bench), unit="ms")
         for key in sorted(extra, key=lambda key: -statistics.median(extra[key]))[:8]:
             yield summary("remains", f"{case}: `{key}`", extra[key], unit="ms")
