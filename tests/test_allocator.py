@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
+from tffd_zoo import allocator
+
 COUNT = """
 import resource, sys
+from runpy import run_path
 import torch
-from tffd_zoo.allocator import keep_freed_memory
+keep_freed_memory = run_path(sys.argv[2])["keep_freed_memory"]
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for _ in range(10):
@@ -25,7 +28,9 @@ print(faults() - before)
 
 
 def page_faults(how: str) -> int:
-    run = subprocess.run([sys.executable, "-c", COUNT, how], check=True, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT, how, allocator.__file__], check=True, capture_output=True, text=True
+    )
     return int(run.stdout)
 
 
