@@ -221,13 +221,14 @@ def test_a_features_gradient_comes_back_in_its_own_layout_and_type(
     assert torch.equal(gradient, weights.to(dtype))
 
 
-def test_the_compiled_losses_equal_the_eager_ones() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_losses_compile_to_one_graph_and_equal_the_eager_ones(layout: torch.memory_format) -> None:
     torch.manual_seed(2)
-    features = [torch.randn(2, 6, 8, 8), torch.randn(2, 9, 4, 4)]
+    features = [torch.randn(2, *shape).to(memory_format=layout) for shape in ((6, 8, 8), (9, 4, 4))]
     saliences = [torch.randn(6), torch.randn(9)]
 
     def both(shallow: Tensor, deep: Tensor) -> Tensor:
-        pair = [shallow, deep]
+        pair = _lean.in_float32([shallow, deep])
         teachers = [pair_channels(s) for s in saliences]
         return _lean.intra_layer_loss(pair, teachers, ratio=0.5) + _lean.inter_layer_loss(pair, [(0, 1)])
 

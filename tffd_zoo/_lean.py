@@ -57,11 +57,11 @@ def _lies_in_pixels(features: Tensor) -> bool:
 def _mixes_fast(features: Tensor) -> bool:
     """Whether `_mix_channels` beats indexing: on a CPU, few channels side by side, products in full precision."""
     return (
-        features.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: the precision would break the graph
+        and features.device.type == "cpu"
         and features.shape[1] <= FEW_CHANNELS
         and _lies_in_pixels(features)
         and torch.get_float32_matmul_precision() == "highest"
-        and not torch.compiler.is_compiling()
     )
 
 
