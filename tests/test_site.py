@@ -111,7 +111,8 @@ def test_confusion_and_calibration_by_hand() -> None:
 def test_the_gain_is_paired_over_seeds_where_there_are_records(entries: dict[str, Release], tmp_path: Path) -> None:
     ours, theirs = entries[STUDENT], entries[TWIN]
     one = gain(ours, theirs, tmp_path)
-    assert one == {"mean": pytest.approx(58.36 - 61.23), "pairs": 1, "low": None, "high": None}
+    difference = ours.metrics.result.top1 - theirs.metrics.result.top1
+    assert one == {"mean": pytest.approx(difference), "pairs": 1, "low": None, "high": None}
     for entry, top1 in ((ours, (60.0, 62.0)), (theirs, (61.0, 61.0))):
         name, epochs = entry.recipe["name"], entry.recipe["optim"]["epochs"]
         for seed, value in enumerate(top1):

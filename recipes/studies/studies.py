@@ -564,6 +564,7 @@ def finetuning(name: str, what: str, **changes: Any) -> Study:
             Row(name, "Tf-FD, gradient shares of 5 %", share(), f"{name}-plain"),
         ),
         seeds=(0, 1, 2),
+        note="They start from the plain ResNet-20 that the zoo released then: 15 epochs, 61.23 % of the test images.",
     )
 
 
