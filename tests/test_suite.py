@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import nn
 from tffd_zoo.data import ImageSource, ImageSpec, open_source
 from tffd_zoo.eval import EvalConfig
 from tffd_zoo.eval import main as evaluate_models
-from tffd_zoo.loading import expand_names
+from tffd_zoo.loading import expand_names, load_model
 from tffd_zoo.suite import calibration, corrupted, duplicates, ood, run, shifts, transfer
 from tffd_zoo.suite.classes import class_indices
 from tffd_zoo.suite.corruptions import KINDS
@@ -640,6 +642,35 @@ def test_a_part_that_fails_on_one_process_is_told_by_all_and_they_go_on(colours:
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert told[0] == [["early of colour: process 1: no room", "late of colour: no room here"], {"images": 3}]
     assert told[1] == [["early of colour: no room", "late of colour: process 0: no room here"], {"images": 3}]
+
+
+def evaluate_one_that_is_lost(config: EvalConfig, folder: Path, lost_on: int | None) -> None:
+    """Evaluate where the first model cannot be loaded, on one process or (None) on all, and keep what was said."""
+    rank = int(os.environ["RANK"])
+
+    def load_or_not(name: str) -> torch.nn.Module:
+        if name == config.models[0] and lost_on in (None, rank):
+            raise OSError(f"{name} is gone")
+        return load_model(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tffd_zoo.eval.load_model", load_or_not)
+        with pytest.raises(ValueError, match="1 of these") as failed:
+            evaluate_models(config)
+    (folder / f"{rank}.txt").write_text(str(failed.value))
+
+
+@pytest.mark.parametrize("lost_on", [0, 1, None])
+def test_a_model_that_cannot_be_loaded_on_a_process_is_left_out_by_all_and_they_go_on(
+    tmp_path: Path, lost_on: int | None
+) -> None:
+    good = f"local-dir:{small_export(tmp_path / 'run', size=32) / 'export'}"
+    shutil.copytree(tmp_path / "run" / "export", tmp_path / "copy")
+    few = SuiteConfig(suite="clean", images=9, out=tmp_path / "out", kept=tmp_path / "kept")
+    config = EvalConfig((f"local-dir:{tmp_path / 'copy'}", good), "digits", device="cpu", more=few)
+    on_two_processes(evaluate_one_that_is_lost, config, tmp_path, lost_on)
+    assert all((tmp_path / f"{rank}.txt").exists() for rank in range(2))
+    assert [row["model"] for row in read_csv(tmp_path / "out" / "clean.csv")] == [good]
 
 
 def test_what_was_measured_is_not_measured_again(suite: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from .measurement import Figures, Measurement, Part
 from .page import PAIRS, write_page
 from .pairs import Difference, differences, mean_over_pairs
 from .setting import STANDARD, Setting, SuiteConfig, test_subset
-from .subject import Failure, OtherProcessFailed, Subject, exchange
+from .subject import Subject, reason_of, together
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +54,6 @@ OPTIONAL = ("shifts",)
 FORMAT = 1
 """Raised when what a part measures changes: everything is then measured again."""
 PLAIN_TAG = "ce_"
-NEEDS = {"scipy": "scipy", "cv2": "opencv-python-headless", "sklearn": "scikit-learn", "pytorch_ood": "pytorch-ood"}
 
 
 @dataclass
@@ -128,8 +126,9 @@ def run_suite(
     open_labels, results = functools.cache(open_labels), Results()
     for name in names:
         try:
-            subject = make_subject(name)
-            known = subject.known(source)
+            with together(PartialState().num_processes):
+                subject = make_subject(name)
+                known = subject.known(source)
         except USER_ERRORS as error:
             results.problems.append(f"{name}: {error}")
             continue
@@ -182,19 +181,17 @@ def examine(subject: Subject, parts: Sequence[Part], setting: Setting, results: 
         there = [path.exists()]
         broadcast_object_list(there)  # the first process writes it: all go by what that one sees
         try:
-            if there[0]:
-                measured[part.name] = Measurement.load(path)
-            else:
-                measured[part.name] = part.measure(subject, setting)
-                if subject.rank == 0:
-                    measured[part.name].save(path)
-            exchange(None, subject.world_size)
+            with together(subject.world_size):
+                if there[0]:
+                    measured[part.name] = Measurement.load(path)
+                else:
+                    measured[part.name] = part.measure(subject, setting)
+                    if subject.rank == 0:
+                        measured[part.name].save(path)
         except Exception as error:  # whatever a part meets, the others are still worth having
             _logger.debug("%s of %s failed", part.name, subject.name, exc_info=True)
-            results.problems.append(f"{part.name} of {subject.name}: {_reason(error)}")
-            if not isinstance(error, OtherProcessFailed):
-                with suppress(OtherProcessFailed):
-                    exchange(Failure(_reason(error)), subject.world_size)
+            measured.pop(part.name, None)
+            results.problems.append(f"{part.name} of {subject.name}: {reason_of(error)}")
         else:
             results.problems += [f"{part.name} of {subject.name}: {text}" for text in measured[part.name].problems]
     return measured
@@ -206,13 +203,6 @@ def _key(part: Part, subject: Subject, setting: Setting) -> str:
     how = [subject.weights_hash, dataclasses.asdict(subject.spec), str(subject.amp_dtype), str(subject.device)]
     text = json.dumps([FORMAT, part.name, settings, source, how, setting.holdout], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ImportError) and error.name in NEEDS:
-        return f"needs {NEEDS[error.name]}, which is not installed; pip install 'tffd_zoo[suite]'"
-    text = " ".join(str(error).split())
-    return text if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {text}"
 
 
 def report(config: SuiteConfig, parts: Sequence[Part], results: Results, pairs: Sequence[tuple[str, str]]) -> None:

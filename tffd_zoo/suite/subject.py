@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..cli import USER_ERRORS
 from ..data import ImageSource, ImageSpec, eval_loader
 from ..data.memory import Normalize
 from ..evaluation import NonFiniteLogits, eval_mode
@@ -24,6 +25,7 @@ _logger = logging.getLogger(__name__)
 
 COMPILED_FROM = 100_000
 """Images that are worth the ten seconds of compiling a network for a CPU."""
+NEEDS = {"scipy": "scipy", "cv2": "opencv-python-headless", "sklearn": "scikit-learn", "pytorch_ood": "pytorch-ood"}
 
 
 @dataclass(frozen=True)
@@ -212,3 +214,29 @@ def exchange(mine: Any, processes: int) -> list[Any]:
     if failed:
         raise OtherProcessFailed("; ".join(failed))
     return given
+
+
+@contextmanager
+def together(processes: int) -> Iterator[None]:
+    """What is done inside is done on every process or counts on none: where it fails on one, the others fail after it.
+
+    Raises:
+        OtherProcessFailed: it failed on another one.
+    """
+    try:
+        yield
+    except OtherProcessFailed:
+        raise
+    except Exception as error:
+        with suppress(OtherProcessFailed):
+            exchange(Failure(reason_of(error)), processes)
+        raise
+    exchange(None, processes)
+
+
+def reason_of(error: Exception) -> str:
+    """An error in a line, with what to install where that is it."""
+    if isinstance(error, ImportError) and error.name in NEEDS:
+        return f"needs {NEEDS[error.name]}, which is not installed; pip install 'tffd_zoo[suite]'"
+    text = " ".join(str(error).split())
+    return text if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {text}"
