@@ -452,6 +452,17 @@ def test_arrays_of_other_images_are_refused(
         corrupted.open_arrays(made.folder, colours)
 
 
+def test_arrays_serve_a_model_that_knows_some_of_the_classes(made: corrupted.Arrays, colours: ImageSource) -> None:
+    some = colours.of_classes(colours.label_names[1:])  # numbered from 0 again
+    np.save(made.folder / "labels.npy", colours.labels.numpy())
+    assert corrupted.open_arrays(made.folder, some).rows.tolist() == some.rows.tolist()
+    labels = colours.labels.clone()
+    labels[some.rows[0]] = 0
+    np.save(made.folder / "labels.npy", labels.numpy())
+    with pytest.raises(ValueError, match=r"\(1 such images\): these are arrays of another"):
+        corrupted.open_arrays(made.folder, some)
+
+
 def test_for_many_images_a_network_is_compiled_and_sees_them_as_before(
     monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:

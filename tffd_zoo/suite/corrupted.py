@@ -106,13 +106,18 @@ def open_arrays(folder: Path, source: ImageSource) -> Arrays:
             f"labels.npy holds {len(labels)} labels, but {source.name} has {split_size} images in split "
             f"{source.split}: these are arrays of another data set"
         )
-    wrong = (labels[:split_size][rows] != source.labels.numpy()).nonzero()[0]
+    published, own = labels[:split_size][rows], source.labels.numpy()
+    expected = own
+    if labels.max() >= source.num_classes:  # some of the classes, numbered anew: they only have to divide the same way
+        _, first, numbers = np.unique(own, return_index=True, return_inverse=True)
+        expected = published[first][numbers]
+    wrong = (published != expected).nonzero()[0]
     if len(wrong):
         index = int(wrong[0])
         raise ValueError(
-            f"image {rows[index]} is of class {labels[rows[index]]} in labels.npy and of class "
-            f"{int(source.labels[index])} in {source.name} ({len(wrong)} such images): these are arrays of another "
-            "data set, of other classes or in another order"
+            f"image {rows[index]} is of class {published[index]} in labels.npy and of class {expected[index]} in "
+            f"{source.name} ({len(wrong)} such images): these are arrays of another data set, of other classes or in "
+            "another order"
         )
     return Arrays(folder, split_size, rows)
 
