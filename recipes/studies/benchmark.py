@@ -215,7 +215,7 @@ def _in_bf16(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
 def copies(recipe: Recipe, bench: Bench) -> list[float]:
     """Milliseconds that it takes to copy the stages' features in float32, each time anew."""
     model = create_model(recipe.model, num_classes=bench.source.num_classes)
-    stages, size = find_stages(model), recipe.data.image_size or image_spec(recipe, model).input_size[-1]
+    stages, size = find_stages(model), image_spec(recipe, model).input_size[-1]
     features = [
         torch.randn(recipe.optim.batch_size, channels, size // reduction, size // reduction)
         for channels, reduction in zip(stages.channels, stages.reductions, strict=True)

@@ -182,18 +182,15 @@ def examine(subject: Subject, parts: Sequence[Part], setting: Setting, results: 
         broadcast_object_list(there)  # the first process writes it: all go by what that one sees
         try:
             with together(subject.world_size):
-                if there[0]:
-                    measured[part.name] = Measurement.load(path)
-                else:
-                    measured[part.name] = part.measure(subject, setting)
-                    if subject.rank == 0:
-                        measured[part.name].save(path)
+                found = Measurement.load(path) if there[0] else part.measure(subject, setting)
+                if subject.rank == 0 and not there[0]:
+                    found.save(path)
         except Exception as error:  # whatever a part meets, the others are still worth having
             _logger.debug("%s of %s failed", part.name, subject.name, exc_info=True)
-            measured.pop(part.name, None)
             results.problems.append(f"{part.name} of {subject.name}: {reason_of(error)}")
         else:
-            results.problems += [f"{part.name} of {subject.name}: {text}" for text in measured[part.name].problems]
+            measured[part.name] = found
+            results.problems += [f"{part.name} of {subject.name}: {text}" for text in found.problems]
     return measured
 
 

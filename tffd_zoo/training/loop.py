@@ -214,13 +214,8 @@ def train(recipe: Recipe) -> Path:
                 }  # fmt: skip
                 _gather(model, whole)
                 for prefix, weights in {"": whole, **({"ema_": ema.module} if ema is not None else {})}.items():
-                    try:
+                    with _told_of_diverged_weights(prefix, progress):
                         result = _evaluate(weights, eval_batches, accelerator, layout)
-                    except NonFiniteLogits as error:
-                        raise NonFiniteLoss(
-                            f"loss '{prefix}nll' of the evaluation was not finite after step {progress.step}; the "
-                            "checkpoints are from before that: lower --lr, and pass --output with a new folder"
-                        ) from error
                     line |= {f"{prefix}{name}": value for name, value in result.to_json().items()}
                     folder.save_weights(weights, "last", progress.step, ema=bool(prefix))
                     if result.top1 > progress.best.get(prefix, -1.0):
@@ -332,6 +327,17 @@ def _gather(model: nn.Module, whole: nn.Module) -> None:
     """Bring the weights of `model` into `whole`; on every process."""
     if whole is not model:
         whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+
+
+@contextmanager
+def _told_of_diverged_weights(prefix: str, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except NonFiniteLogits as error:
+        raise NonFiniteLoss(
+            f"loss '{prefix}nll' of the evaluation was not finite after step {progress.step}; the checkpoints are from "
+            "before that: lower --lr, and pass --output with a new folder"
+        ) from error
 
 
 def _evaluate(model: nn.Module, batches: Loader, accelerator: Accelerator, layout: torch.memory_format) -> EvalResult:
