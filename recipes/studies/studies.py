@@ -395,6 +395,10 @@ ABLATIONS = Study(
 
 # --- the zoo's recipe -------------------------------------------------------------------------------------------------
 
+# Pairs have to agree in their arithmetic, which a run that chose for itself by the clock need not.
+FLOAT32 = {"precision": "no", "compile": True}
+BF16 = {"precision": "bf16", "compile": False}
+
 # Every row but the first is one change away from it; the moving average is measured in each run, beside the weights.
 BUDGET = Study(
     "budget",
@@ -404,20 +408,21 @@ BUDGET = Study(
         "budget",
         optim={"epochs": 20, "sched": "linear", "lr_warmup_epochs": 1.0, "ema_decay": 0.999},
         data={"holdout": 5000, "augment": "pad_crop_turns"},
+        run={**BF16, "eval_every": 5},
     ),
     (
         Row("budget", "rate 0.2, linear to zero, batch 128, weight decay 5e-4, flips in turns"),
-        Row("budget-lr10", "rate 0.1", {"optim": {"lr": 0.1}}, "budget"),
-        Row("budget-wd2", "weight decay 2e-4", {"optim": {"weight_decay": 2e-4}}, "budget"),
-        Row("budget-batch64", "batch 64, rate 0.1", {"optim": {"batch_size": 64, "lr": 0.1}}, "budget"),
-        Row("budget-cosine", "cosine to zero", {"optim": {"sched": "cosine"}}, "budget"),
         Row("budget-lr40", "rate 0.4", {"optim": {"lr": 0.4}}, "budget"),
-        Row("budget-smooth5", "label smoothing 0.05", {"optim": {"label_smoothing": 0.05}}, "budget"),
-        Row("budget-flips", "flips drawn in every epoch", {"data": {"augment": "pad_crop_flip"}}, "budget"),
+        Row("budget-batch64", "batch 64, rate 0.1", {"optim": {"batch_size": 64, "lr": 0.1}}, "budget"),
         Row("budget-wd10", "weight decay 1e-3", {"optim": {"weight_decay": 1e-3}}, "budget"),
-        Row("budget-batch256", "batch 256, rate 0.4", {"optim": {"batch_size": 256, "lr": 0.4}}, "budget"),
-        Row("budget-smooth10", "label smoothing 0.1", {"optim": {"label_smoothing": 0.1}}, "budget"),
+        Row("budget-cosine", "cosine to zero", {"optim": {"sched": "cosine"}}, "budget"),
+        Row("budget-smooth5", "label smoothing 0.05", {"optim": {"label_smoothing": 0.05}}, "budget"),
+        Row("budget-wd2", "weight decay 2e-4", {"optim": {"weight_decay": 2e-4}}, "budget"),
         Row("budget-warmup3", "warm-up of 3 epochs", {"optim": {"lr_warmup_epochs": 3.0}}, "budget"),
+        Row("budget-smooth10", "label smoothing 0.1", {"optim": {"label_smoothing": 0.1}}, "budget"),
+        Row("budget-flips", "flips drawn in every epoch", {"data": {"augment": "pad_crop_flip"}}, "budget"),
+        Row("budget-lr10", "rate 0.1", {"optim": {"lr": 0.1}}, "budget"),
+        Row("budget-batch256", "batch 256, rate 0.4", {"optim": {"batch_size": 256, "lr": 0.4}}, "budget"),
     ),
 )
 
@@ -456,10 +461,6 @@ def settings_on(base: str) -> tuple[Row, ...]:
         ),
     )
 
-
-# Pairs have to agree in their arithmetic, which a run that chose for itself by the clock need not.
-FLOAT32 = {"precision": "no", "compile": True}
-BF16 = {"precision": "bf16", "compile": False}
 
 TFFD20 = Study(
     "tffd20",
