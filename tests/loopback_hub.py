@@ -9,7 +9,7 @@ with the `with` block. Xet storage is not offered, so clients run with HF_HUB_DI
     with LoopbackHub() as hub:
         hub.add("org/model", {"config.json": b"{}"})
         hub.fail("truncate", "GET /cdn/")  # the next download from the CDN ends half-way
-        done = hub.python("import huggingface_hub; ...", cache_dir)  # HF_ENDPOINT is read at import: use a new process
+        hub.python(["-c", "import huggingface_hub; ..."], cache_dir)  # HF_ENDPOINT is read at import: use a new process
         assert hub.requests("POST", "/commit/") == []
 """
 
@@ -24,7 +24,6 @@ import re
 import secrets
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +34,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 
+import fresh_python
+
+HURRY = "import time; time.sleep = lambda seconds, sleep=time.sleep: sleep(seconds / 20)\n"
+"""A client's program that begins with this waits a twentieth of the time before it tries again."""
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
 RepoType = Literal["model", "dataset"]
 FaultKind = Literal["drop", "lose_answer", "delay", "status", "truncate", "corrupt"]
@@ -276,8 +279,9 @@ class LoopbackHub:
         options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
         return subprocess.run(command, env=self.env(cache_dir, **env), cwd=Path(cache_dir).parent, **options)
 
-    def python(self, code: str, cache_dir: Path | str, *args: str, **env: Any) -> subprocess.CompletedProcess[str]:
-        return self.run([sys.executable, "-c", code, *args], cache_dir, **env)
+    def python(self, arguments: list[str], cache_dir: Path | str, **env: Any) -> subprocess.CompletedProcess[str]:
+        """Run Python with `arguments`, as :meth:`run` does a client."""
+        return fresh_python.run(arguments, self.env(cache_dir, **env), Path(cache_dir).parent)
 
     # Answering.
 

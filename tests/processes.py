@@ -13,7 +13,7 @@ import torch
 from torch.multiprocessing import start_processes
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tffd_zoo.training", "tffd_zoo.eval"])
+CONTEXT.set_forkserver_preload(["tffd_zoo.training", "tffd_zoo.eval", "sklearn.datasets", "matplotlib.pyplot"])
 
 
 def elsewhere(function: Callable[..., Any], *args: Any) -> ForkServerProcess:

@@ -6,12 +6,11 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fresh_python
 import pytest
 import torch
 from safetensors import safe_open
@@ -82,8 +81,7 @@ with replacing_file(sys.argv[1]) as aside:
 def test_what_a_killed_process_wrote_goes_with_the_next_writing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(path)], env=environment)
+    done = fresh_python.run(["-c", KILLED_WHILE_WRITING, str(path)], {**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
     assert len(names(tmp_path)) == 2
@@ -176,9 +174,7 @@ def test_a_folder_comes_back_after_a_kill_in_the_instant_between_old_and_new(tmp
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "old").touch()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_BETWEEN_THE_RENAMES, str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = fresh_python.run(["-c", KILLED_BETWEEN_THE_RENAMES, str(folder)], {**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL
     assert not folder.exists()
     restore_folder(folder)

@@ -525,7 +525,7 @@ def test_of_a_hub_data_set_one_split_is_downloaded_at_one_commit_and_found_again
             ("org/birds", "test", "v9"),
             ("org/gone", "test", None),
         ]
-        done = hub.python(OPEN, tmp_path / "home", repr(asked))
+        done = hub.python(["-c", OPEN, repr(asked)], tmp_path / "home")
         assert done.stdout.splitlines() == [
             f"2 {commit} [0, 1] (8, 8)",
             "org/birds has no split dev; it has train, test",
@@ -537,7 +537,7 @@ def test_of_a_hub_data_set_one_split_is_downloaded_at_one_commit_and_found_again
 
         before = len(hub.requests())
         asked = [("org/birds", "test", None), ("org/birds", "train", None), ("org/gone", "test", None)]
-        done = hub.python(OPEN, tmp_path / "home", repr(asked), HF_HUB_OFFLINE="1")
+        done = hub.python(["-c", OPEN, repr(asked)], tmp_path / "home", HF_HUB_OFFLINE="1")
         assert done.stdout.splitlines() == [
             f"2 {commit} [0, 1] (8, 8)",
             "org/birds in the local cache has no split train; it has test",

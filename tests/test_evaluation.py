@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -488,18 +487,9 @@ def test_a_student_and_its_data_come_from_the_hub(photos: Path, student: Path, t
     with LoopbackHub() as hub:
         hub.add("org/student", {path.name: path.read_bytes() for path in student.iterdir()})
         hub.add("org/photos", {f"data/{parquet.name}": parquet.read_bytes()}, repo_type="dataset")
-        command = [sys.executable, "-m", "tffd_zoo.eval", "hf-hub:org/student@main", "--data", "org/photos"]
-        options = [
-            "--split",
-            "validation",
-            "--device",
-            "cpu",
-            "--workers",
-            "0",
-            "--json",
-            str(tmp_path / "figures.json"),
-        ]
-        done = hub.run([*command, *options], tmp_path / "cache")
+        command = ["-m", "tffd_zoo.eval", "hf-hub:org/student@main", "--data", "org/photos", "--split", "validation"]
+        options = ["--device", "cpu", "--workers", "0", "--json", str(tmp_path / "figures.json")]
+        done = hub.python([*command, *options], tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     (figures,) = json.loads((tmp_path / "figures.json").read_text())
     alone = run(student, photos, tmp_path)

@@ -8,11 +8,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh_python
 import pytest
 import timm
 import torch
@@ -126,12 +126,9 @@ def test_logits_are_bit_equal_in_a_new_process_with_constructor_arguments_that_a
         torch.save(images, tmp_path / f"{name}.images")
 
     folders = [str(tmp_path / name) for name in cases]
-    subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "answers"), *folders],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        check=True,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    loaded = fresh_python.run(["-c", LOAD, str(tmp_path / "answers"), *folders], environment, tmp_path)
+    assert loaded.returncode == 0, loaded.stderr
     for folder, answer in json.loads((tmp_path / "answers").read_text()).items():
         _, size, _ = cases[Path(folder).name]
         assert answer == {

@@ -13,7 +13,7 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-from loopback_hub import LoopbackHub
+from loopback_hub import HURRY, LoopbackHub
 
 MEBIBYTE = 1024**2
 
@@ -26,7 +26,12 @@ def hub() -> Iterator[LoopbackHub]:
 
 def ask(hub: LoopbackHub, cache: Path, code: str, **env: Any) -> Any:
     """Run a client program that ends with `show(value)`; returns that value."""
-    prelude = "import json, sys\nfrom huggingface_hub import *\nfrom huggingface_hub.errors import *\napi = HfApi()\n"
+    prelude = """
+    import json, sys
+    from huggingface_hub import *
+    from huggingface_hub.errors import *
+    api = HfApi()
+    """
     helpers = """
     def show(value):
         print(json.dumps(value))
@@ -36,7 +41,7 @@ def ask(hub: LoopbackHub, cache: Path, code: str, **env: Any) -> Any:
         except Exception as error:
             return [type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)]
     """
-    done = hub.python(prelude + dedent(helpers) + dedent(code), cache, **env)
+    done = hub.python(["-c", HURRY + dedent(prelude) + dedent(helpers) + dedent(code)], cache, **env)
     assert done.returncode == 0, done.stderr
     assert hub.token not in done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

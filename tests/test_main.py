@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import fresh_python
 import pytest
 
 from tffd_zoo.__main__ import main
@@ -32,20 +32,20 @@ def program(tmp_path: Path) -> Path:
     return folder / "program.py"
 
 
-def run(*command: str, cwd: Path) -> str:
+def run(*arguments: str, cwd: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
-    result = subprocess.run(command, cwd=cwd, env=environment, check=True, capture_output=True, text=True)
+    result = fresh_python.run(arguments, environment, cwd)
+    assert result.returncode == 0, result.stderr
     return result.stdout.strip().splitlines()[-1]
 
 
 def test_a_script_that_never_imports_the_package_loads_its_models(program: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tffd_zoo", str(program), "tffd_resnet20.ce_c100", "--amp"]
-    answer = json.loads(run(*command, cwd=tmp_path))
+    answer = json.loads(run("-m", "tffd_zoo", str(program), "tffd_resnet20.ce_c100", "--amp", cwd=tmp_path))
     assert answer == ["ce_c100", "a module beside the script", str(program), "tffd_resnet20.ce_c100", "--amp"]
 
 
 def test_accelerate_launches_it_too(program: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "-m", "tffd_zoo"]
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "-m", "tffd_zoo"]
     answer = json.loads(run(*launch, str(program), "tffd_resnet20", cwd=tmp_path))
     assert answer[0] == "c100"
 

@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fresh_python
 import huggingface_hub
 import pytest
 import safetensors
@@ -619,8 +618,8 @@ def test_a_release_of_today_loads_in_tomorrows_python_without_network(tmp_path: 
         "model = timm.create_model('tffd_resnet20', pretrained=True)\n"
         "print(model.pretrained_cfg['label_names'][99], model.pretrained_cfg['tag'], model.pretrained_cfg['file'])"
     )
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True)
+    run = fresh_python.run(["-c", code], environment, tmp_path)
+    assert run.returncode == 0, run.stderr
     stored = manifest.release(NAME, copied_manifest)
     assert run.stdout == f"['{NAME}']\nclass 99 c100 {stored.file.path}\n"
 

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from ctypes import CDLL
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from kills import RECIPE, ROOT, outcome
-from processes import on_two_processes
+from processes import elsewhere, on_two_processes
 
 from tffd_zoo.training.loop import _told_of_lost_processes
 
@@ -61,16 +62,29 @@ def run_the_recipe(folder: Path) -> None:
     runpy.run_path(RECIPE[0], run_name="__main__")
 
 
-def start(hosts: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+def run_on_host(host: str, rank: int, folder: Path) -> None:
+    """What a launcher of machine `rank` starts, as a fork: in the namespace and with its variables."""
+    with Path("/run/netns", host).open() as namespace:
+        assert CDLL(None, use_errno=True).setns(namespace.fileno(), 0) == 0
+    group = {"MASTER_ADDR": FIRST_ADDRESS, "MASTER_PORT": "29500", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    ranks = {"RANK": str(rank), "LOCAL_RANK": "0"}
+    os.environ |= {**group, **ranks, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+    with log_of(folder, rank).open("wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        run_the_recipe(folder)
+
+
+def launch(hosts: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
     """Give the same command on both hosts, but for the number of the machine."""
     started = []
     for rank, host in enumerate(hosts):
         env = {**os.environ, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
         config = ["--config_file", str(ROOT / "recipes" / "accelerate" / "nodes.yaml")]
         machines = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
-        launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "-q", *config, *machines]
-        launch += ["--main_process_ip", FIRST_ADDRESS]
-        command = ["ip", "netns", "exec", host, sys.executable, *launch, *RECIPE, "--output", str(folder)]
+        launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "-q", *config, *machines]
+        launcher += ["--main_process_ip", FIRST_ADDRESS]
+        command = ["ip", "netns", "exec", host, sys.executable, *launcher, *RECIPE, "--output", str(folder)]
         with log_of(folder, rank).open("wb") as log:
             started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT))
     return started
@@ -86,20 +100,21 @@ def test_a_machine_lost_in_mid_epoch_ends_the_other_in_one_line_and_both_resume_
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     on_two_processes(run_the_recipe, whole)
 
-    first, second = start(hosts, cut)
+    first, second = (elsewhere(run_on_host, host, rank, cut) for rank, host in enumerate(hosts))
     until = time.monotonic() + PATIENCE
     while not ((cut / "metrics.jsonl").exists() and len((cut / "metrics.jsonl").read_text().splitlines()) > 15):
         assert time.monotonic() < until
         time.sleep(0.05)
     lose(hosts[1])
-    second.wait(PATIENCE)
-    assert first.wait(PATIENCE) != 0
+    second.join(PATIENCE)
+    first.join(PATIENCE)
+    assert first.exitcode == 2  # an error of one line, not a traceback
     said = [line for line in log_of(cut, 0).read_text().splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert "another process of this run is gone" in said[0]
     assert not (cut / "export").exists()
 
-    assert [process.wait(PATIENCE) for process in start(hosts, cut)] == [0, 0]
+    assert [process.wait(PATIENCE) for process in launch(hosts, cut)] == [0, 0]
     assert all("resuming at step 1" in log_of(cut, rank).read_text() for rank in range(2))
     assert outcome(cut) == outcome(whole)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import datasets
 import pytest
 import torch
-from loopback_hub import REPOSITORY_ROOT, LoopbackHub
+from loopback_hub import HURRY, REPOSITORY_ROOT, LoopbackHub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_export import small_export
@@ -79,7 +79,7 @@ def publish(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """The command line, in one process for all tests (each import of timm takes seconds), with a token unless None."""
     patience = {"HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
     environment = hub.env(tmp_path_factory.mktemp("home"), **patience)
-    command = [sys.executable, "-c", SERVER, str(PUBLISH.parent)]
+    command = [sys.executable, "-c", HURRY + SERVER, str(PUBLISH.parent)]
     streams: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **streams) as process:
         orders, answers = process.stdin, process.stdout
@@ -156,23 +156,23 @@ def test_one_command_releases_what_loads_by_registered_name_hub_name_tag_and_com
         shutil.copytree(REPOSITORY_ROOT / part, tmp_path / "package" / part)
     environment = {"PYTHONPATH": str(tmp_path / "package"), "HF_HUB_OFFLINE": "0"}
     script = tmp_path / "package" / "hub" / "publish.py"
-    command = [sys.executable, str(script), str(run), "--repo", repo, "--add-to-manifest"]
-    done = hub.run(command, tmp_path / "a", token=hub.token, **environment)
+    command = [str(script), str(run), "--repo", repo, "--add-to-manifest"]
+    done = hub.python(command, tmp_path / "a", token=hub.token, **environment)
     assert done.returncode == 0, done.stderr
     places = [f"{repo}{at}" for at in ("", "@v1", f"@{hub.repo(repo).head.sha}")]
     names = [f"local-dir:{run / 'export'}", "tffd_resnet20.digits", *(f"hf-hub:{place}" for place in places)]
     for offline in ("0", "1"):
-        loaded = hub.python(LOAD, tmp_path / "b", *names, **environment | {"HF_HUB_OFFLINE": offline})
+        loaded = hub.python(["-c", HURRY + LOAD, *names], tmp_path / "b", **environment | {"HF_HUB_OFFLINE": offline})
         assert loaded.returncode == 0, loaded.stderr
 
     hub.fail("corrupt", "GET /cdn/")
-    refused = hub.python(LOAD, tmp_path / "c", "tffd_resnet20.digits", **environment)
+    refused = hub.python(["-c", HURRY + LOAD, "tffd_resnet20.digits"], tmp_path / "c", **environment)
     assert refused.returncode == 1
     assert "is not the released file" in refused.stderr
     assert f"{hub.url}/{repo} does not serve" in refused.stderr
 
     hub.fail("status", "GET /cdn/")
-    failed = hub.python(LOAD, tmp_path / "d", "tffd_resnet20.digits", **environment)
+    failed = hub.python(["-c", HURRY + LOAD, "tffd_resnet20.digits"], tmp_path / "d", **environment)
     line = failed.stderr.splitlines()[-1]
     assert f"cannot fetch model.safetensors from {hub.url}/{repo} at " in line
     assert ": 503 a fault of the loopback Hub. Check the connection" in line
