@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -39,6 +40,7 @@ def _run_ranked(rank: int, environment: dict[str, str], *arguments: Any) -> None
 
 
 def _run(environment: dict[str, str], start_method: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # a collection would touch, and so copy, every page of what the fork has imported
     # What this process starts, a loader's workers, comes about as it does in one that nobody forked.
     multiprocessing.set_start_method(start_method, force=True)
     os.environ.clear()

@@ -274,7 +274,7 @@ def test_a_run_of_another_recipe_is_not_resumed(tmp_path: Path) -> None:
 
 def test_accumulated_batches_give_the_step_of_the_larger_batch(tmp_path: Path) -> None:
     # A network without batch statistics; the last group of an epoch is smaller and must count by its images.
-    common: dict[str, Any] = {"model": "convnext_atto", "data": {"image_size": 32}}
+    common: dict[str, Any] = {"model": "test_convnext", "data": {"image_size": 32}}
     for name, batch, accumulate in (("whole", 512, 1), ("parts", 256, 2)):
         optim = {"batch_size": batch, "accumulate": accumulate, "epochs": 1, "lr": 0.01}
         train(recipe(tmp_path / name, optim=optim, tffd=None, run={"max_steps": 3}, **common))
@@ -363,7 +363,7 @@ def two_process_recipe(output: Path, processes: int) -> Recipe:
     """The same global batch on any number of processes, on a network without batch statistics."""
     return recipe(
         output,
-        model="convnext_atto",
+        model="test_convnext",
         data={"image_size": 32},
         optim={"batch_size": 480 // processes, "epochs": 1, "lr": 0.01},  # 1,437 images: the last batch is uneven
         tffd=replace(CANONICAL, warmup_fraction=0.0, share_intra=0.05),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import torch
 from PIL import Image
@@ -85,15 +87,21 @@ def _refuse(flags: str, value: str | None, data: str) -> None:
 
 
 def _open_digits(wanted: str | Sequence[str]) -> ImageSource:
+    split = find_split(wanted, ("train", "test"), DIGITS)
+    return _digits()[split]
+
+
+@cache
+def _digits() -> dict[str, ImageSource]:
+    """Both splits; encoding the images takes longer than all else about them."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ValueError(f"--data {DIGITS} needs scikit-learn: pip install scikit-learn") from error
-    split = find_split(wanted, ("train", "test"), DIGITS)
     digits = load_digits()
     source = ImageSource(
         name=DIGITS,
-        split=split,
+        split="train",
         images=InMemory([_png(image) for image in torch.from_numpy(digits.images)], DIGITS),
         rows=torch.arange(len(digits.target)),
         labels=torch.from_numpy(digits.target).to(torch.int64),
@@ -102,7 +110,7 @@ def _open_digits(wanted: str | Sequence[str]) -> ImageSource:
         label_column="target",
     )
     train, test = holdout(source, DIGITS_TEST_IMAGES, seed=DIGITS_SPLIT_SEED)
-    return train if split == "train" else test
+    return {"train": train, "test": replace(test, split="test")}
 
 
 def _png(image: Tensor) -> bytes:
