@@ -14,7 +14,8 @@ DATA_ROOT = Path(os.environ.get("TFFD_DATA", Path(__file__).resolve().parents[2]
 
 
 # `make test` gives whole files to its two processes, in this order: a long one that came last would leave one idle.
-LONGEST_FIRST = [f"test_{name}.py" for name in ("training", "publish", "nodes", "compare", "suite", "loopback_hub")]
+LONGEST = "training publish nodes loopback_hub data_streaming compare suite tasks site threads"
+LONGEST_FIRST = [f"test_{name}.py" for name in LONGEST.split()]
 
 
 def pytest_report_header() -> str:

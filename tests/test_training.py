@@ -20,6 +20,7 @@ from test_atomic import disk_that_takes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tffd_zoo.cli import guard
+from tffd_zoo.data import open_source
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, differences, recipe_from_cli, vary
 from tffd_zoo.run_record import read_metrics
 from tffd_zoo.tasks import CANONICAL
@@ -76,6 +77,7 @@ class _Readings(TorchDispatchMode):
 
 
 def test_more_steps_between_two_log_lines_wait_for_no_more_values(tmp_path: Path) -> None:
+    open_source("digits", "train")  # what is read once a process, is read
     counts = []
     for steps in (2, 10):
         with _Readings() as readings:
