@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, differences, vary
+from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, differences, recipe_from_cli, vary
+from tffd_zoo.tasks import CANONICAL
 from tffd_zoo.training import precision
 from tffd_zoo.training.precision import Settled, settle_precision
 
@@ -80,6 +81,24 @@ def test_a_long_run_is_compiled_if_that_was_measured_to_pay(
     clock = Timings(monkeypatch, no=0.1, bf16=0.2, eager=0.1, compiled=compiled)
     assert decided(settle()) == ("no", expected)
     assert clock.timed == ["no", "bf16", "eager", "compiled"]
+
+
+@pytest.mark.parametrize(("compiled", "expected"), [(0.08, True), (0.11, "losses")])
+def test_of_an_eager_run_with_tffd_its_losses_are_compiled(
+    monkeypatch: pytest.MonkeyPatch, compiled: float, expected: bool | str
+) -> None:
+    Timings(monkeypatch, no=0.1, eager=0.1, compiled=compiled)
+    recipe = vary(BASE, "test", tffd=CANONICAL, run={"precision": "no", "output": Path("nowhere")})
+    settled = settle_precision(recipe, LONG, PartialState())
+    assert decided(settled) == ("no", expected)
+    assert ("float32, eager but for its losses (compiled it takes 1.10" in settled.why) == (expected == "losses")
+
+
+def test_losses_that_are_not_there_are_not_compiled() -> None:
+    with pytest.raises(ValueError, match=r"--compile losses compiles what Tf-FD adds.*without Tf-FD: say True"):
+        vary(BASE, "test", run={"compile": "losses"})
+    given = recipe_from_cli({"tffd": vary(BASE, "tffd", tffd=CANONICAL)}, "", ["--compile", "losses"])
+    assert given.run.compile == "losses"
 
 
 def test_a_machine_without_a_compiler_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.task import TrainingTask
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from tffd_zoo import _lean
 from tffd_zoo.losses import pair_channels
@@ -490,6 +490,24 @@ def test_a_compiled_task_gives_the_eager_loss_and_plain_keys() -> None:
         result["loss"].backward()
         results.append((result["loss"], *[p.grad for p in model.parameters()]))
         assert list(task.get_eval_model().state_dict()) == list(tiny().state_dict())
+    for eager, compiled_value in zip(*results, strict=True):
+        torch.testing.assert_close(compiled_value, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_losses_are_one_graph_beside_an_eager_network_and_give_the_eager_gradients() -> None:
+    torch.compiler.reset()
+    counter, results = CompileCounterWithBackend("aot_eager"), []
+    for compiled in (False, True):
+        model = tiny()
+        task = TfFDTask(model, UNSCHEDULED, measure_every=2)
+        if compiled:
+            task.compile_losses(backend=counter, fullgraph=True)
+        for batch in (a_batch(4), a_batch(4), a_batch(4)):  # the first and the third are measured: eager
+            result = task(*batch)
+            result["loss"].backward()
+        results.append((result["loss"], result["grad_ratio/inter"], *[p.grad for p in model.parameters()]))
+    assert counter.frame_count == 1
+    assert not any(node.target in (torch.conv2d, F.conv2d) for node in counter.graphs[0].graph.nodes)
     for eager, compiled_value in zip(*results, strict=True):
         torch.testing.assert_close(compiled_value, eager, rtol=1e-4, atol=1e-6)
 

@@ -49,6 +49,7 @@ OPERATIONAL = (
 )  # fmt: skip
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
+Compilation = bool | Literal["losses"]
 
 # Values that leave a choice to the machine, whose answer the recorded recipe has, or to the data: data.json says how.
 LEFT_OPEN = {"run.precision": "auto", "run.compile": None, "data.eval_split": None}
@@ -163,8 +164,9 @@ class RunConfig:
     precision: Precision = "auto"
     """Mixed precision; 'auto' times a few steps and takes bf16 where the device has it and is faster with it, else
     float32."""
-    compile: bool | None = None
-    """Compile the training step, half a minute on CPU; when not given, for a long run that is timed to gain by it."""
+    compile: Compilation | None = None
+    """Compile the training step, half a minute on CPU, or of it only the losses of Tf-FD; when not given, a long run
+    compiles what it gains by."""
     threads: Annotated[int | None, COUNT] = None
     """Threads of each process; when not given OMP_NUM_THREADS, or else the cores divided by the processes that share
     them."""
@@ -226,6 +228,11 @@ class Recipe:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(
                 f"--name {self.name!r} cannot name the run's folder: letters, digits, '.', '_' and '-', such as tffd-2"
+            )
+        if self.run.compile == "losses" and self.tffd is None:
+            raise ValueError(
+                "--compile losses compiles what Tf-FD adds to a step, and this recipe is without Tf-FD: say True to "
+                "compile all of it, False for nothing, or leave --compile out"
             )
 
     @property

@@ -57,6 +57,8 @@ class Objective(nn.Module):
     weights: dict[str, Weight]
     paired: bool = False
     """Whether the second half of every batch only teaches the first: cross-entropy leaves it out."""
+    fuses: bool = False
+    """Whether a compiler saves passes over the features (`DistillationTask.compile_losses`)."""
 
     def begin_batch(self, epoch: float, batch: int) -> None:
         """Told before every training batch how many epochs (fractional) and batches were done: state that steers Python
@@ -232,9 +234,12 @@ class DistillationTask(TrainingTask):
         return result
 
     def terms(
-        self, images: Tensor, targets: Tensor, positions: Tensor | None = None
+        self, images: Tensor, targets: Tensor, positions: Tensor | None = None, *, as_compiled: bool = False
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The raw losses by name, `ce` first, and the logits of one forward pass."""
+        """The raw losses by name, `ce` first, and the logits of one forward pass.
+
+        `as_compiled` lets the objectives run as `compile_losses` left them, for one backward pass and no more.
+        """
         if self.stages is None:
             logits, features = self.trainable_module(images), []
         else:
@@ -245,7 +250,7 @@ class DistillationTask(TrainingTask):
         terms = {"ce": self.criterion(logits[:classified], targets[:classified])}
         view = View(images, targets, logits, features, positions)
         for objective in self.objectives:
-            terms.update(objective(view))
+            terms.update(objective(view) if as_compiled else objective.forward(view))
         return terms, logits
 
     def _begin_batch(self) -> None:
@@ -276,7 +281,7 @@ class DistillationTask(TrainingTask):
             )  # fmt: skip
 
     def _compute(self, *batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        terms, logits = self.terms(*batch)
+        terms, logits = self.terms(*batch, as_compiled=self.training)
         return self._combine(terms), logits.detach(), _detached(terms)
 
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
@@ -367,6 +372,17 @@ class DistillationTask(TrainingTask):
         kwargs.setdefault("dynamic", False)
         self._compute_compiled = torch.compile(self._compute, backend=backend, mode=mode, **kwargs)
         return self.get_eval_model()
+
+    def compile_losses(self, backend: str = "inductor", mode: str | None = None, **kwargs: Any) -> None:
+        """Compile what the objectives compute and leave the network as it is, for one that runs faster so.
+
+        In bf16 on a CPU that has it, say: there Tf-FD's losses take a third of their eager time. Evaluation and
+        measured batches stay eager, and so do objectives in which no passes are to be saved.
+        """
+        kwargs.setdefault("dynamic", False)
+        for objective in self.objectives:
+            if objective.fuses:
+                objective.compile(backend=backend, mode=mode, **kwargs)
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> DistillationTask:
         """Wrap the model in DDP (timm's own loop; under Accelerate prepare the whole task instead)."""

@@ -138,6 +138,7 @@ class TfFD(Objective):
     """
 
     averaged: Tensor
+    fuses = True
 
     def __init__(
         self,

@@ -100,7 +100,9 @@ def train(recipe: Recipe) -> Path:
     task = make_task(recipe, model, spec, train_source, len(train_batches)).to(memory_format=layout)
     if run.sync_bn and accelerator.num_processes > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(task)
-    if run.compile:
+    if run.compile == "losses":
+        task.compile_losses()
+    elif run.compile:
         task.compile()
     ema = ModelEmaV3(model, decay=optim.ema_decay).to(accelerator.device) if optim.ema_decay else None
 

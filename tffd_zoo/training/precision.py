@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from ..json_files import read_json
 from ..loading import size_arguments
-from ..recipe import Precision, Recipe, RunConfig
+from ..recipe import Compilation, Precision, Recipe, RunConfig
 from ..run_record import MEND, RECIPE
 from .build import Processes, image_spec, memory_format
 
@@ -77,18 +77,19 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
-def _told(precision: Precision, compiled: bool, reason: str) -> str:
-    return f"{'float32' if precision == 'no' else precision}, {'compiled' if compiled else 'eager'} ({reason})"
+def _told(precision: Precision, compiled: Compilation, reason: str) -> str:
+    how = "eager but for its losses" if compiled == "losses" else "compiled" if compiled else "eager"
+    return f"{'float32' if precision == 'no' else precision}, {how} ({reason})"
 
 
-def _as_begun(run: RunConfig, begun: Path) -> tuple[Precision, bool, str]:
+def _as_begun(run: RunConfig, begun: Path) -> tuple[Precision, Compilation, str]:
     recorded = read_json(begun, MEND)["run"]
     precision = recorded["precision"] if run.precision == "auto" else run.precision
     return precision, recorded["compile"] if run.compile is None else run.compile, "as the run began"
 
 
-def _choose(recipe: Recipe, images: int, state: PartialState) -> tuple[Precision, bool, str]:
-    """(precision, whether to compile, why)."""
+def _choose(recipe: Recipe, images: int, state: PartialState) -> tuple[Precision, Compilation, str]:
+    """(precision, what to compile, why)."""
     run, optim = recipe.run, recipe.optim
     step_images = optim.batch_size * optim.accumulate
     steps = optim.epochs * images // (step_images * state.num_processes)
@@ -97,7 +98,7 @@ def _choose(recipe: Recipe, images: int, state: PartialState) -> tuple[Precision
     if run.precision == "auto":
         candidates = ["no", "bf16"] if native_bf16(state.device) else ["no"]
     if steps < WORTH_MEASURING:
-        return candidates[0], bool(run.compile), f"{steps} steps are too few to measure what is faster"
+        return candidates[0], run.compile or False, f"{steps} steps are too few to measure what is faster"
     if len(candidates) == 1 and run.compile is not None:
         return candidates[0], run.compile, "this device has no bf16 instructions"
 
@@ -120,7 +121,10 @@ def _choose(recipe: Recipe, images: int, state: PartialState) -> tuple[Precision
     except RuntimeError:  # what torch.compile raises without a C++ compiler or Triton
         return precision, False, ", ".join([*reasons, "nothing compiles here"])
     ratio = seconds["compiled"] / seconds["eager"]
-    return precision, ratio <= WORTH, ", ".join([*reasons, f"compiled it takes {ratio:.2f} of eager's time"])
+    reasons.append(f"compiled it takes {ratio:.2f} of eager's time")
+    # What Tf-FD adds is faster compiled whatever the network is, on a CPU by `precision` of the benchmark.
+    rest: Compilation = "losses" if recipe.tffd is not None and state.device.type == "cpu" else False
+    return precision, True if ratio <= WORTH else rest, ", ".join(reasons)
 
 
 class Trial:
