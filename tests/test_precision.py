@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, differences, recipe_from_cli, vary
-from tffd_zoo.tasks import CANONICAL
+from tffd_zoo.tasks import CANONICAL, TfFDConfig
 from tffd_zoo.training import precision
 from tffd_zoo.training.precision import Settled, settle_precision
 
@@ -95,8 +95,10 @@ def test_of_an_eager_run_with_tffd_its_losses_are_compiled(
 
 
 def test_losses_that_are_not_there_are_not_compiled() -> None:
-    with pytest.raises(ValueError, match=r"--compile losses compiles what Tf-FD adds.*without Tf-FD: say True"):
+    with pytest.raises(ValueError, match="--compile losses saves passes over the features in Tf-FD by l2, ab or at"):
         vary(BASE, "test", run={"compile": "losses"})
+    with pytest.raises(ValueError, match="say True to compile all of a step"):
+        vary(BASE, "test", tffd=TfFDConfig(inter_loss="ickd"), run={"compile": "losses"})
     given = recipe_from_cli({"tffd": vary(BASE, "tffd", tffd=CANONICAL)}, "", ["--compile", "losses"])
     assert given.run.compile == "losses"
 

@@ -229,10 +229,10 @@ class Recipe:
             raise ValueError(
                 f"--name {self.name!r} cannot name the run's folder: letters, digits, '.', '_' and '-', such as tffd-2"
             )
-        if self.run.compile == "losses" and self.tffd is None:
+        if self.run.compile == "losses" and not (self.tffd and self.tffd.fuses):
             raise ValueError(
-                "--compile losses compiles what Tf-FD adds to a step, and this recipe is without Tf-FD: say True to "
-                "compile all of it, False for nothing, or leave --compile out"
+                "--compile losses saves passes over the features in Tf-FD by l2, ab or at, which this recipe is "
+                "without: say True to compile all of a step, False for nothing, or leave --compile out"
             )
 
     @property

@@ -93,6 +93,11 @@ class TfFDConfig(Method):
     def pre_activation(self) -> bool:
         return "ab" in (self.intra_loss, self.inter_loss)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether a compiler saves passes over the features: it does not of sp and ickd, which are matrix products."""
+        return not {self.intra_loss, self.inter_loss} & {"sp", "ickd"}
+
     def build(self, setting: Setting) -> TfFD:
         return tffd_objective(self, setting.model, setting.stages, setting.input_size, setting.epochs)
 
@@ -138,7 +143,6 @@ class TfFD(Objective):
     """
 
     averaged: Tensor
-    fuses = True
 
     def __init__(
         self,
@@ -149,6 +153,7 @@ class TfFD(Objective):
     ) -> None:
         super().__init__()
         self.config = config
+        self.fuses = config.fuses
         self.stages = len(stages)
         self.norms = norms if norms is None else tuple(norms)  # a tuple: these belong to the model, not to us
         self.weights = {}
