@@ -45,7 +45,7 @@ from tffd_zoo.run_record import METRICS_LINES, read_metrics, weights_file
 from tffd_zoo.stages import find_stages
 from tffd_zoo.tasks import CANONICAL
 from tffd_zoo.training import train
-from tffd_zoo.training.build import image_spec, make_loaders, make_task, memory_format, open_sources
+from tffd_zoo.training.build import compile_step, image_spec, make_loaders, make_task, memory_format, open_sources
 from tffd_zoo.training.run_folder import environment
 
 from .. import train_imagenet
@@ -108,10 +108,7 @@ class TrainingStep:
         layout = memory_format(recipe, bench.accelerator) if layout is None else layout
         task = make_task(recipe, model, spec, bench.source, batches_per_epoch=391)
         self.task: Any = task.to(device).to(memory_format=layout).train()
-        if compiled == "losses":
-            self.task.compile_losses()
-        elif compiled:
-            self.task.compile()
+        compile_step(self.task, compiled)
         reduced = recipe.run.precision == "bf16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=reduced)
         self.optimizer = create_optimizer_v2(self.task, opt="sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)
@@ -151,19 +148,15 @@ def twins(model: str, size: int, batch: int) -> dict[str, Recipe]:
     return {"tffd": vary(tffd, "tffd", **changes), "plain": vary(plain, "plain", **changes)}
 
 
-def _how(compiled: bool) -> str:
-    return "compiled" if compiled else "eager"
-
-
 def steps(bench: Bench) -> Iterator[Row]:
     """Tf-FD's step over the plain one, compiled and eager, in the default layout."""
-    for compiled in (True, False):
+    for how, compiled in (("compiled", True), ("eager", False)):
         for model, size, batch, rounds in STEPS:
             pair = {k: TrainingStep(r, bench, compiled=compiled) for k, r in twins(model, size, batch).items()}
             times = interleave(pair, bench.rounds(rounds), warmup=4 if compiled else 2)
             target = 1.02 if compiled else 1.05 if size == 32 else None
             yield compare(
-                "steps", f"{model.removeprefix('tffd_')} at {size} px, batch {batch}, {_how(compiled)}",
+                "steps", f"{model.removeprefix('tffd_')} at {size} px, batch {batch}, {how}",
                 times["tffd"], times["plain"], bound="<=" if target else None, target=target,
             )  # fmt: skip
             torch.compiler.reset()
@@ -250,7 +243,7 @@ def layouts(bench: Bench) -> Iterator[Row]:
 
 
 def precision(bench: Bench) -> Iterator[Row]:
-    """Eager steps under bf16 autocast over plain ones: Tf-FD with its losses eager, and with these compiled, and KD."""
+    """Eager steps in bf16: plain ones over those in float32; KD and Tf-FD, its losses eager or compiled, over plain."""
     losses = {"l2": 1.05, "at": 1.15, "sp": 1.15, "ickd": 1.15}
     ways: tuple[tuple[str, Compilation], ...] = (("", False), (", compiled", "losses"))
     for model, batch in (("tffd_resnet20", 128), ("tffd_wrn16_2", 64), ("tffd_resnet18", 64)):

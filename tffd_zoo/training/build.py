@@ -38,7 +38,7 @@ from ..data.loaders import Workers
 from ..data.memory import AUGMENTS
 from ..data.workers import workers_beside
 from ..loading import check_architecture, check_model_name, label_names, load_model, order_logits, size_arguments
-from ..recipe import DataConfig, Recipe
+from ..recipe import Compilation, DataConfig, Recipe
 from ..stages import find_stages, stage_activations
 from ..tasks import DistillationTask, Setting, TeacherConfig
 from ..threads import cores_per_process
@@ -313,6 +313,14 @@ def make_mixup(recipe: Recipe, source: TrainSource, processes: int) -> Mixup | N
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
+
+
+def compile_step(task: DistillationTask, what: Compilation | None) -> None:
+    """Compile of the training step of `task` what a recipe's `--compile` says."""
+    if what == "losses":
+        task.compile_losses()
+    elif what:
+        task.compile()
 
 
 def make_task(

@@ -39,6 +39,7 @@ from .build import (
     check_image_size,
     check_network,
     check_trackers,
+    compile_step,
     freeze_layers,
     image_spec,
     keep_frozen,
@@ -100,10 +101,7 @@ def train(recipe: Recipe) -> Path:
     task = make_task(recipe, model, spec, train_source, len(train_batches)).to(memory_format=layout)
     if run.sync_bn and accelerator.num_processes > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(task)
-    if run.compile == "losses":
-        task.compile_losses()
-    elif run.compile:
-        task.compile()
+    compile_step(task, run.compile)
     ema = ModelEmaV3(model, decay=optim.ema_decay).to(accelerator.device) if optim.ema_decay else None
 
     # --- optimisation -------------------------------------------------------------------------------------------------
