@@ -36,16 +36,11 @@ def run(
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        order = {
-            "arguments": arguments,
-            "env": dict(env),
-            "cwd": str(cwd or os.getcwd()),
-            "streams": [str(out), str(err)],
-        }
+        streams = [f"{folder}/out", f"{folder}/err"]
+        order = {"arguments": arguments, "env": dict(env), "cwd": str(cwd or os.getcwd()), "streams": streams}
         print(json.dumps(order), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(arguments, code, *(Path(stream).read_text() for stream in streams))
 
 
 @functools.cache

@@ -249,9 +249,9 @@ class LoopbackHub:
         self.faults.append(Fault(kind, pattern, **options))
         return self.faults[-1]
 
-    def requests(self, method: str = "", pattern: str = "") -> list[tuple[Request, int]]:
-        """What was asked, with the status of the answer."""
-        return [(r, s) for r, s in self.log if method in ("", r.method) and re.search(pattern, r.path)]
+    def requests(self, method: str = "", pattern: str = "", part: slice = slice(None)) -> list[tuple[Request, int]]:
+        """What was asked, with the status of the answer; in that part of the log."""
+        return [(r, s) for r, s in self.log[part] if method in ("", r.method) and re.search(pattern, r.path)]
 
     def env(self, cache_dir: Path | str, token: str | None = None, **more: str) -> dict[str, str]:
         """Environment of a client: this Hub and no other host, its home in `cache_dir`, no token unless given."""

@@ -28,15 +28,20 @@ def on_two_processes(function: Callable[..., Any], *args: Any) -> None:
     """Run `function` on two processes that find each other as a launcher's do; an error in one is raised here."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environment = {**os.environ, **group, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    arguments = (environment, multiprocessing.get_start_method(), function, args)
+    arguments = (port, dict(os.environ), multiprocessing.get_start_method(), function, args)
     start_processes(_run_ranked, arguments, nprocs=2, start_method="forkserver")
 
 
-def _run_ranked(rank: int, environment: dict[str, str], *arguments: Any) -> None:
+def launched(rank: int, address: str, port: int, interface: str, per_machine: int) -> dict[str, str]:
+    """What a launcher tells process `rank` of two: where they meet, and over which interface."""
+    meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": interface}
+    here = {"LOCAL_RANK": str(rank % per_machine), "LOCAL_WORLD_SIZE": str(per_machine)}
+    return {**meeting, **here, "RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
+
+
+def _run_ranked(rank: int, port: int, environment: dict[str, str], *arguments: Any) -> None:
     torch.set_num_threads(1)
-    _run({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *arguments)
+    _run({**environment, **launched(rank, "127.0.0.1", port, "lo", per_machine=2)}, *arguments)
 
 
 def _run(environment: dict[str, str], start_method: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -31,8 +31,6 @@ def ask(hub: LoopbackHub, cache: Path, code: str, **env: Any) -> Any:
     from huggingface_hub import *
     from huggingface_hub.errors import *
     api = HfApi()
-    """
-    helpers = """
     def show(value):
         print(json.dumps(value))
     def failure(call, *args, **options):
@@ -41,7 +39,7 @@ def ask(hub: LoopbackHub, cache: Path, code: str, **env: Any) -> Any:
         except Exception as error:
             return [type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)]
     """
-    done = hub.python(["-c", HURRY + dedent(prelude) + dedent(helpers) + dedent(code)], cache, **env)
+    done = hub.python(["-c", HURRY + dedent(prelude) + dedent(code)], cache, **env)
     assert done.returncode == 0, done.stderr
     assert hub.token not in done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

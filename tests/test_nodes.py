@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from kills import RECIPE, ROOT, outcome
-from processes import elsewhere, on_two_processes
+from processes import elsewhere, launched, on_two_processes
 
 from tffd_zoo.training.loop import _told_of_lost_processes
 
@@ -66,9 +66,7 @@ def run_on_host(host: str, rank: int, folder: Path) -> None:
     """What a launcher of machine `rank` starts, as a fork: in the namespace and with its variables."""
     with Path("/run/netns", host).open() as namespace:
         assert CDLL(None, use_errno=True).setns(namespace.fileno(), 0) == 0
-    group = {"MASTER_ADDR": FIRST_ADDRESS, "MASTER_PORT": "29500", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    ranks = {"RANK": str(rank), "LOCAL_RANK": "0"}
-    os.environ |= {**group, **ranks, "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+    os.environ |= launched(rank, FIRST_ADDRESS, 29500, "eth0", per_machine=1)
     with log_of(folder, rank).open("wb") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
