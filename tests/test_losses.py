@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -186,6 +187,34 @@ def test_the_lean_inter_loss_takes_any_deep_channels_and_any_shapes(which: Any, 
     pairs = stage_pairs(len(features))
     lean = _lean.inter_layer_loss(features, pairs, **settings)
     assert_equal_with_gradients(lean, inter_layer_loss(features, pairs, **settings), features)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "two-way"])
+@pytest.mark.parametrize("which", ["first", "group_mean"])
+def test_l2_of_half_precision_takes_differences_before_it_rounds(
+    which: Any, detach: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = [(5, 8, 8, 8), (5, 70, 4, 4), (5, 80, 4, 4), (5, 6, 3, 3)]
+    monkeypatch.setattr(_lean, "CHUNK", 2 * 8 * 8 * 8)  # batches of five are taken in several chunks
+    # Far from zero and close to each other: rounded first, differences of 0.05 would be off by 0.008.
+    half = [(3 + 0.05 * feature.detach()).bfloat16().requires_grad_() for feature in stages(shapes, layout)]
+    exact = [feature.detach().double().requires_grad_() for feature in half]
+    teachers = [pair_channels(torch.randn(feature.shape[1])) for feature in half]
+    results = []
+    for features, intra, inter in (
+        (half, partial(_lean.intra_layer_loss, ratio=0.5), _lean.inter_layer_loss),
+        (exact, intra_layer_loss, inter_layer_loss),
+    ):
+        within = intra(features, teachers, detach_salient=detach)
+        between = inter(features, stage_pairs(4), deep_channels=which)
+        for loss in (within, between):
+            assert loss.dtype == torch.float32
+            gradients = torch.autograd.grad(loss, features, materialize_grads=True)
+            results.append((loss, torch.cat([gradient.double().flatten() for gradient in gradients])))
+    for (mine, gradient), (theirs, exact_gradient) in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=0)
+        assert (gradient - exact_gradient).norm() < 0.004 * exact_gradient.norm()  # half of the last of eight bits
 
 
 @pytest.mark.parametrize(("name", "size"), [("tffd_resnet20", 30), ("tffd_vgg8", 28), ("tffd_resnet18", 176)])

@@ -121,7 +121,8 @@ def test_bn_scale_is_the_size_of_gamma():
 
 
 @pytest.mark.parametrize("metric", ["lp", "spread", "entropy", "hrank"])
-def test_half_precision_features_are_scored_in_float32(metric):
+def test_half_precision_features_are_scored_in_float32(metric, monkeypatch):
+    monkeypatch.setattr(_lean, "CHUNK", 1)  # an image at a time
     features = [200 * feature.half() for feature in relu_features(3)]  # their squares overflow in half precision
     expected = stage_salience([feature.float() for feature in features], metric)
     for half, full in zip(stage_salience(features, metric), expected, strict=True):

@@ -6,7 +6,7 @@ Each names the row of `recipes/results/benchmark` that pays for it. The plain fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,37 @@ class _InFloat32(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0].to(ctx.dtype, memory_format=ctx.layout)
+
+
+CHUNK = 2**18
+"""So many values in float32 stay in the cache of a core from one pass over them to the next."""
+
+
+def _in_chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The images of `tensors`; of half precision, as many at a time as a CPU keeps in its cache from step to step.
+
+    A copy in float32 is then no larger than a chunk, and neither written to memory nor read from there. Paid for by
+    `precision` and `memory`.
+    """
+    first = tensors[0]
+    halves = any(tensor.dtype != torch.float32 for tensor in tensors)
+    if torch.compiler.is_compiling() or first.device.type != "cpu" or not halves:
+        return [tensors]
+    images = max(1, CHUNK // first.shape[1:].numel())
+    return list(zip(*(tensor.split(images) for tensor in tensors), strict=True))
+
+
+def sum_over_images(score: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """Sum of the scores (n, ...) that `score` gives the images (n, C, H, W), in float32."""
+    return torch.stack([score(chunk.float()).sum(0) for (chunk,) in _in_chunks(features)]).sum(0)
+
+
+def _total(squares: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(squares)).sum()
+
+
+def _squared_norm(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values.float()).square()
 
 
 def _lies_in_pixels(features: Tensor) -> bool:
@@ -94,13 +125,13 @@ def intra_layer_loss(
         redundant = channels - salient_count(channels, ratio)
         if redundant == 0:
             continue
-        stage, feature = feature, feature.float()
         if loss == "l2":
             count = batch * (redundant * height * width if reduction == "mean" else 1)
             squares: Tensor = _PairedSquaredError.apply(feature, teacher, detach_salient)
-            differentiate_with(squares, stage)
+            differentiate_with(squares, feature)
             total = total + squares / count
         else:
+            feature = feature.float()
             own = torch.arange(channels, device=teacher.device)
             students = (teacher == own).to(torch.uint8).argsort(stable=True)[:redundant]  # redundant channels first
             salient = _take_channels(feature.detach() if detach_salient else feature, teacher[students])
@@ -116,25 +147,28 @@ class _PairedSquaredError(torch.autograd.Function):
 
     Either way makes one tensor of the feature's size and no other: every activation of the network is there meanwhile.
     Of few channels that tensor is a product of the feature with a small matrix D, which takes the teacher's channel and
-    subtracts the own: |F D|^2 has the gradient 2 F D D^T, and -2 F D with the stop-gradient. Paid for by `steps`
-    (eager), `precision` and `memory`.
+    subtracts the own: |F D|^2 has the gradient 2 F D D^T, and -2 F D with the stop-gradient. In half precision the
+    difference is rounded once, after it was taken, as its gradient would be. Paid for by `steps` (eager), `precision`
+    and `memory`.
     """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, teacher: Tensor, detach_salient: bool) -> Tensor:
         ctx.save_for_backward(features, teacher)
         ctx.detach_salient = detach_salient
+        chunks = (chunk for (chunk,) in _in_chunks(features))
         if _mixes_fast(features):
-            return torch.linalg.vector_norm(_mix_channels(features, _differences(teacher))).square()
-        return torch.linalg.vector_norm(_take_channels(features, teacher).sub_(features)).square()
+            matrix = _differences(teacher)
+            return _total(_squared_norm(_mix_channels(chunk, matrix)) for chunk in chunks)
+        return _total(_squared_norm(_take_channels(chunk, teacher).sub_(chunk)) for chunk in chunks)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         features, teacher = ctx.saved_tensors
         if _mixes_fast(features):
-            matrix = _differences(teacher).to(grads[0].dtype)
+            matrix = _differences(teacher)
             matrix = -matrix if ctx.detach_salient else matrix @ matrix.mT
-            return _mix_channels(features, 2 * grads[0] * matrix), None, None
+            return _mix_channels(features, matrix).mul_(2 * grads[0]), None, None
         grad = _take_channels(features, teacher).sub_(features).mul_(-2 * grads[0])
         if not ctx.detach_salient:
             grad = grad.index_add(1, teacher, -grad)
@@ -178,14 +212,17 @@ def inter_layer_loss(
     """`losses.inter_layer_loss`, where a shallow map that was pooled for one deep stage is pooled on for the next."""
     check_pairs(pairs)
     compare = _distance(loss, reduction)
-    features = [feature.float() for feature in features]
+    if loss != "l2":
+        features = [feature.float() for feature in features]
     if loss in ("sp", "ickd") and deep_channels == "first" and not torch.compiler.is_compiling():
         return _inter_layer_relations(features, pairs, loss)
-    total = features[0].new_zeros(())
-    ladders = {shallow: _PoolingLadder(features[shallow]) for shallow, _ in pairs}
+    total = features[0].new_zeros((), dtype=torch.float32)
+    ladder = None
     for shallow, deep in sorted(pairs):
+        if ladder is None or ladder.rungs[0] is not features[shallow]:
+            ladder = _PoolingLadder(features[shallow])
         teacher = deep_channels_of(features, shallow, deep, deep_channels, saliences).detach()
-        student, teacher = ladders[shallow].align(teacher, loss)
+        student, teacher = ladder.align(teacher, loss)
         differentiate_with(student, features[shallow])
         term = compare(student, teacher)
         total = total + (term * student[0].numel() if reduction == "sum" else term)
@@ -206,10 +243,10 @@ class _PoolingLadder:
         """`feature_losses.align` of the shallow map and `teacher`."""
         whole, size = self.rungs[0], teacher.shape[2:]
         if loss not in ("l2", "ab", "at") or (loss != "at" and teacher.shape[1] < whole.shape[1]):
-            return align(whole, teacher, loss)  # nothing is pooled, or less than the whole
+            return align(whole.float(), teacher.float(), loss)  # nothing is pooled, or less than the whole
         rung = next((rung for rung in reversed(self.rungs) if _tiles(rung, size)), None)
         if rung is None:
-            return align(whole, teacher, loss)
+            return align(whole.float(), teacher.float(), loss)
         if rung.shape[2:] != size:
             rung = mean_pool(rung, size)
             self.rungs.append(rung)
@@ -222,26 +259,27 @@ def _tiles(feature: Tensor, size: Sequence[int]) -> bool:
 
 
 def mean_pool(features: Tensor, size: Sequence[int]) -> Tensor:
-    """F.adaptive_avg_pool2d to a `size` that divides the map's."""
-    window = tuple(whole // part for whole, part in zip(features.shape[2:], size, strict=True))
-    if torch.compiler.is_compiling():  # a compiler writes the backward pass of its own, in less memory than ours
-        return F.avg_pool2d(features, window)
+    """F.adaptive_avg_pool2d to a `size` that divides the map's, in float32."""
+    window = [whole // part for whole, part in zip(features.shape[2:], size, strict=True)]
     pooled: Tensor = _MeanPool.apply(features, window)
     return pooled
 
 
 class _MeanPool(torch.autograd.Function):
-    """F.avg_pool2d, whose own backward pass copies channels_last maps twice. Paid for by `steps` (eager)."""
+    """F.avg_pool2d, whose own backward pass copies channels_last maps twice and keeps the map for it. Paid for by
+    `steps` (eager) and `memory`."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, window: tuple[int, int]) -> Tensor:
-        ctx.window = window
-        return F.avg_pool2d(features, window)
+    def forward(ctx: Any, features: Tensor, window: list[int]) -> Tensor:
+        ctx.window, ctx.dtype = window, features.dtype
+        pooled = [F.avg_pool2d(chunk.float(), window) for (chunk,) in _in_chunks(features)]
+        return torch.cat(pooled) if len(pooled) > 1 else pooled[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         height, width = ctx.window
-        return F.interpolate(grads[0] / (height * width), scale_factor=(height, width), mode="nearest"), None
+        grad = (grads[0] / (height * width)).to(ctx.dtype)  # first: there is less of it before it spreads
+        return F.interpolate(grad, scale_factor=(height, width), mode="nearest"), None
 
 
 # --- the distances ----------------------------------------------------------------------------------------------------
@@ -371,24 +409,40 @@ class _MeanSquare(torch.autograd.Function):
 
 def l2(student: Tensor, target: Tensor) -> Tensor:
     """`feature_losses.l2`, its gradient in the features' own layout."""
-    squares: Tensor = _SquaredError.apply(student.float(), target.float())
+    squares: Tensor = _SquaredError.apply(student, target)
     return squares / student.numel()
 
 
 class _SquaredError(torch.autograd.Function):
     """sum (s - t)^2: F.mse_loss, whose own backward pass gives channels_last features a gradient in NCHW. Paid for by
-    `steps` (eager)."""
+    `steps` (eager).
+
+    Two features of one type wait for the backward pass as they are: the network keeps them anyway. A student in float32
+    beside a target in half precision was pooled for this loss alone, so the difference waits in its place, in the half
+    precision that its gradient will have too. Paid for by `memory`.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, target: Tensor) -> Tensor:
-        ctx.save_for_backward(student, target)
-        return F.mse_loss(student, target, reduction="sum")
+        ctx.dtypes = student.dtype, target.dtype
+        if student.dtype == target.dtype:
+            ctx.save_for_backward(student, target)
+            return _total(_squared_norm(s - t) for s, t in _in_chunks(student, target))
+        kept = torch.empty_like(target)
+        ctx.save_for_backward(kept)
+        squares = []
+        for s, t, place in _in_chunks(student, target, kept):
+            difference = s - t
+            place.copy_(difference)
+            squares.append(_squared_norm(difference))
+        return _total(squares)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
-        student, target = ctx.saved_tensors
-        grad = (student - target).mul_(2 * grads[0])
-        return grad, -grad if ctx.needs_input_grad[1] else None
+        saved = ctx.saved_tensors
+        difference = saved[0] - saved[1] if len(saved) == 2 else saved[0].to(ctx.dtypes[0])
+        grad = difference.mul_(2 * grads[0])
+        return grad, -grad.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
 
 
 # --- the order of the backward pass -----------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def deep_channels_of(
         return teacher.index_select(1, saliences[deep].argsort(descending=True, stable=True)[:count])
     # Adaptive pooling over the channel axis is the mean of `count` consecutive groups, uneven ones included.
     batch, channels, height, width = teacher.shape
-    groups = F.adaptive_avg_pool2d(teacher.reshape(batch, 1, channels, height * width), (count, height * width))
+    groups = F.adaptive_avg_pool2d(teacher.float().reshape(batch, 1, channels, height * width), (count, height * width))
     return groups.reshape(batch, count, height, width)
 
 

@@ -174,6 +174,8 @@ class TfFD(Objective):
         self._averages = self._ranks and config.salience_momentum > 0
         self._keeps = self._ranks and config.rank_every > 1
         self._rank_now = True
+        # l2 reads half precision as it is; only compiled, it is faster from copies.
+        self._copies = config.normalise or {config.intra_loss, config.inter_loss} != {"l2"}
         if self._averages:
             self.register_buffer("averaged", torch.zeros((), dtype=torch.bool))
         for stage, channels in enumerate(stages.channels):
@@ -186,7 +188,9 @@ class TfFD(Objective):
         self._rank_now = batch % self.config.rank_every == 0
 
     def forward(self, view: View) -> dict[str, Tensor]:
-        config, features = self.config, _lean.in_float32(view.features)
+        config, features = self.config, view.features
+        if self._copies or torch.compiler.is_compiling():
+            features = _lean.in_float32(features)
         saliences = self._saliences(features) if self._ranks else None
         if config.normalise:
             features = [F.normalize(feature.float().flatten(2), dim=2).view_as(feature) for feature in features]
