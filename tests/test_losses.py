@@ -191,9 +191,9 @@ def test_the_lean_inter_loss_takes_any_deep_channels_and_any_shapes(which: Any, 
 
 @LAYOUTS
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "two-way"])
-@pytest.mark.parametrize("which", ["first", "group_mean"])
-def test_l2_of_half_precision_takes_differences_before_it_rounds(
-    which: Any, detach: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("loss", "which"), [("l2", "first"), ("l2", "group_mean"), ("at", "first")])
+def test_losses_of_half_precision_take_differences_before_they_round(
+    loss: Any, which: Any, detach: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[tuple[int, ...]] = [(5, 8, 8, 8), (5, 70, 4, 4), (5, 80, 4, 4), (5, 6, 3, 3)]
     monkeypatch.setattr(_lean, "CHUNK", 2 * 8 * 8 * 8)  # batches of five are taken in several chunks
@@ -206,12 +206,12 @@ def test_l2_of_half_precision_takes_differences_before_it_rounds(
         (half, partial(_lean.intra_layer_loss, ratio=0.5), _lean.inter_layer_loss),
         (exact, intra_layer_loss, inter_layer_loss),
     ):
-        within = intra(features, teachers, detach_salient=detach)
-        between = inter(features, stage_pairs(4), deep_channels=which)
-        for loss in (within, between):
-            assert loss.dtype == torch.float32
-            gradients = torch.autograd.grad(loss, features, materialize_grads=True)
-            results.append((loss, torch.cat([gradient.double().flatten() for gradient in gradients])))
+        within = intra(features, teachers, loss=loss, detach_salient=detach)
+        between = inter(features, stage_pairs(4), loss=loss, deep_channels=which)
+        for value in (within, between):
+            assert value.dtype == torch.float32
+            gradients = torch.autograd.grad(value, features, materialize_grads=True)
+            results.append((value, torch.cat([gradient.double().flatten() for gradient in gradients])))
     for (mine, gradient), (theirs, exact_gradient) in zip(results[:2], results[2:], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=0)
         assert (gradient - exact_gradient).norm() < 0.004 * exact_gradient.norm()  # half of the last of eight bits

@@ -67,9 +67,14 @@ def _in_chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(tensor.split(images) for tensor in tensors), strict=True))
 
 
-def sum_over_images(score: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
-    """Sum of the scores (n, ...) that `score` gives the images (n, C, H, W), in float32."""
-    return torch.stack([score(chunk.float()).sum(0) for (chunk,) in _in_chunks(features)]).sum(0)
+def map_images(change: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """`change(features)`, which makes of every image something smaller, in float32."""
+    parts = [change(chunk.float()) for (chunk,) in _in_chunks(features)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+READ_HALVES: frozenset[FeatureLoss] = frozenset({"l2", "at"})
+"""Losses whose forms here take half precision as it is."""
 
 
 def _total(squares: Iterable[Tensor]) -> Tensor:
@@ -131,7 +136,7 @@ def intra_layer_loss(
             differentiate_with(squares, feature)
             total = total + squares / count
         else:
-            feature = feature.float()
+            feature = feature if loss in READ_HALVES else feature.float()
             own = torch.arange(channels, device=teacher.device)
             students = (teacher == own).to(torch.uint8).argsort(stable=True)[:redundant]  # redundant channels first
             salient = _take_channels(feature.detach() if detach_salient else feature, teacher[students])
@@ -212,7 +217,7 @@ def inter_layer_loss(
     """`losses.inter_layer_loss`, where a shallow map that was pooled for one deep stage is pooled on for the next."""
     check_pairs(pairs)
     compare = _distance(loss, reduction)
-    if loss != "l2":
+    if loss not in READ_HALVES:
         features = [feature.float() for feature in features]
     if loss in ("sp", "ickd") and deep_channels == "first" and not torch.compiler.is_compiling():
         return _inter_layer_relations(features, pairs, loss)
@@ -272,8 +277,7 @@ class _MeanPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, window: list[int]) -> Tensor:
         ctx.window, ctx.dtype = window, features.dtype
-        pooled = [F.avg_pool2d(chunk.float(), window) for (chunk,) in _in_chunks(features)]
-        return torch.cat(pooled) if len(pooled) > 1 else pooled[0]
+        return map_images(lambda chunk: F.avg_pool2d(chunk, window), features)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -399,12 +403,12 @@ class _MeanSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
         ctx.save_for_backward(features)
-        return features.square().mean(1)
+        return map_images(lambda chunk: chunk.square().mean(1), features)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (features,) = ctx.saved_tensors
-        return features * (grads[0] * (2 / features.shape[1])).unsqueeze(1)
+        return features * (grads[0] * (2 / features.shape[1])).unsqueeze(1).to(features.dtype)
 
 
 def l2(student: Tensor, target: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def stage_salience(
     if metric == "entropy":
         return _stage_entropy(features)
     score = partial(_lp_of_maps, p=p) if metric == "lp" else OF_MAPS[metric]
-    return _mean_over_processes([_lean.sum_over_images(score, f) for f in features], features[0].shape[0])
+    return _mean_over_processes([_lean.map_images(score, f).sum(0) for f in features], features[0].shape[0])
 
 
 def _first_of_whole_batch(features: Sequence[Tensor], images: int) -> list[Tensor]:

@@ -174,8 +174,7 @@ class TfFD(Objective):
         self._averages = self._ranks and config.salience_momentum > 0
         self._keeps = self._ranks and config.rank_every > 1
         self._rank_now = True
-        # l2 reads half precision as it is; only compiled, it is faster from copies.
-        self._copies = config.normalise or {config.intra_loss, config.inter_loss} != {"l2"}
+        self._copies = config.normalise or not {config.intra_loss, config.inter_loss} <= _lean.READ_HALVES
         if self._averages:
             self.register_buffer("averaged", torch.zeros((), dtype=torch.bool))
         for stage, channels in enumerate(stages.channels):
@@ -189,7 +188,7 @@ class TfFD(Objective):
 
     def forward(self, view: View) -> dict[str, Tensor]:
         config, features = self.config, view.features
-        if self._copies or torch.compiler.is_compiling():
+        if self._copies or torch.compiler.is_compiling():  # compiled, all losses are faster from copies
             features = _lean.in_float32(features)
         saliences = self._saliences(features) if self._ranks else None
         if config.normalise:
