@@ -77,6 +77,11 @@ READ_HALVES: frozenset[FeatureLoss] = frozenset({"l2", "at"})
 """Losses whose forms here take half precision as it is."""
 
 
+def _as_read(feature: Tensor) -> Tensor:
+    """The feature as l2 reads it: compiled code is faster from a copy in float32, which it does not keep."""
+    return feature.float() if torch.compiler.is_compiling() else feature
+
+
 def _total(squares: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(squares)).sum()
 
@@ -132,7 +137,7 @@ def intra_layer_loss(
             continue
         if loss == "l2":
             count = batch * (redundant * height * width if reduction == "mean" else 1)
-            squares: Tensor = _PairedSquaredError.apply(feature, teacher, detach_salient)
+            squares: Tensor = _PairedSquaredError.apply(_as_read(feature), teacher, detach_salient)
             differentiate_with(squares, feature)
             total = total + squares / count
         else:
@@ -253,7 +258,9 @@ class _PoolingLadder:
         if rung is None:
             return align(whole.float(), teacher.float(), loss)
         if rung.shape[2:] != size:
-            rung = mean_pool(rung, size)
+            # A compiler's own form is as good, but for l2 of half precision, of which it would keep float32.
+            own = torch.compiler.is_compiling() and (loss != "l2" or whole.dtype == torch.float32)
+            rung = F.adaptive_avg_pool2d(rung.float(), size) if own else mean_pool(rung, size)
             self.rungs.append(rung)
         return rung, teacher if loss == "at" else teacher[:, : rung.shape[1]]
 
@@ -413,7 +420,7 @@ class _MeanSquare(torch.autograd.Function):
 
 def l2(student: Tensor, target: Tensor) -> Tensor:
     """`feature_losses.l2`, its gradient in the features' own layout."""
-    squares: Tensor = _SquaredError.apply(student, target)
+    squares: Tensor = _SquaredError.apply(_as_read(student), _as_read(target))
     return squares / student.numel()
 
 

@@ -188,7 +188,7 @@ class TfFD(Objective):
 
     def forward(self, view: View) -> dict[str, Tensor]:
         config, features = self.config, view.features
-        if self._copies or torch.compiler.is_compiling():  # compiled, all losses are faster from copies
+        if self._copies:
             features = _lean.in_float32(features)
         saliences = self._saliences(features) if self._ranks else None
         if config.normalise:
