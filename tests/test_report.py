@@ -10,6 +10,7 @@ import pytest
 from run_records import PLAIN, TFFD, write_run
 
 from recipes.studies.report import Published, Row, Study, changes, collect, index_text, report_text, write_report
+from recipes.studies.report.charts import draw_lengths
 from recipes.studies.report.statistics import estimate, interval_factor, paired_differences
 from tffd_zoo.recipe import vary
 from tffd_zoo.tasks import CANONICAL, TeacherConfig
@@ -169,6 +170,29 @@ def test_a_rebuilt_report_is_equal_byte_for_byte(tmp_path: Path) -> None:
     assert again.parent == elsewhere / "trial"
     assert {name: (again.parent / name).read_bytes() for name in files} == first
     assert all(b"Matplotlib" not in first[name] for name in files[1:])
+
+
+def test_top1_is_drawn_against_epochs_where_recipes_ran_in_several_lengths(tmp_path: Path) -> None:
+    rows = [
+        Row(f"{name}-{epochs}", name, {"optim": {"epochs": epochs}}) for epochs in (1, 2) for name in ("plain", "tffd")
+    ]
+    study = Study("lengths", "what do more epochs give?", PLAIN, (*rows, Row("other", "in one length")))
+    records = tmp_path / "results" / "records"
+    for row, top1 in zip(rows, (60.0, 61.0, 64.0, 63.0), strict=True):
+        collect(write_run(tmp_path / "runs", study.recipe(row.name), 0, top1), records)
+    collect(write_run(tmp_path / "runs", study.recipe("plain-2"), 1, 65.0), records)
+    collect(write_run(tmp_path / "runs", study.recipe("other"), 0, 50.0), records)
+    page = write_report(study, records, tmp_path / "page")
+    assert "![Top-1 against the number of epochs](lengths.png)" in page.read_text()
+    assert (tmp_path / "page" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert "lengths.png" not in report(collect_all(tmp_path / "one length")).read_text()
+
+
+def test_the_curve_of_lengths_goes_through_the_means_and_shows_every_run() -> None:
+    axes = draw_lengths({"plain": {8: [64.0, 65.0], 4: [60.0]}, "tffd": {4: [61.0], 8: [63.0]}}).axes[0]
+    drawn = [[tuple(map(float, point)) for point in line.get_xydata()] for line in axes.get_lines()]
+    assert drawn == [[(4, 60), (8, 64.5)], [(4, 60), (8, 64), (8, 65)], [(4, 61), (8, 63)], [(4, 61), (8, 63)]]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "8"]
 
 
 def test_a_report_follows_its_records(tmp_path: Path) -> None:

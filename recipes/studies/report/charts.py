@@ -1,8 +1,9 @@
-"""The picture of a report: the gain of every recipe over its twin, with its interval."""
+"""The pictures of a report: the gain of every recipe over its twin, and what longer runs give."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,31 @@ def draw_gains(gains: Sequence[Gain], over: str) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set(title=f"gain in top-1 of the last epoch over {over}", xlabel="points, paired by seed")
     figure.legend(handles=_gain_legend(gains), loc="outside lower center", ncols=4)
+    return figure
+
+
+def draw_lengths(recipes: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """Top-1 after the last epoch against the number of epochs: a dot for each run, a line through their means.
+
+    Args:
+        recipes: of every recipe the values of its runs, by length.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (recipe, by_length) in zip((NEUTRAL, *COLOURS), recipes.items(), strict=False):
+        lengths = sorted(by_length)
+        axes.plot(lengths, [statistics.fmean(by_length[length]) for length in lengths], color=colour, label=recipe)
+        runs = [(length, value) for length in lengths for value in by_length[length]]
+        axes.plot(*zip(*runs, strict=True), "o", color=colour, markersize=5, alpha=0.7)
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    ticks = sorted({length for by_length in recipes.values() for length in by_length})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set(title="after the last epoch, a dot for each run", xlabel="epochs", ylabel="top-1, %")
+    axes.legend(loc="lower right")
     return figure
 
 

@@ -14,13 +14,14 @@ from tffd_zoo.pictures import house_style, save_png
 from tffd_zoo.recipe import differences
 from tffd_zoo.run_record import RunRecord
 
-from .charts import Gain, draw_gains
+from .charts import Gain, draw_gains, draw_lengths
 from .records import read_records
 from .statistics import Estimate, estimate, interval_factor, paired_differences
 from .study import Row, Study
 
 PAGE = "README.md"
 PICTURE = "gains.png"
+CURVE = "lengths.png"
 NONE = "-"
 COMMAND = "python -m recipes.studies.compare"
 Figure = Callable[[RunRecord], float]
@@ -39,9 +40,11 @@ def write_report(study: Study, records: Path, results: Path) -> Path:
         The page.
     """
     runs = _Runs.read(study, records)
-    if runs.compared:
-        with house_style():
+    with house_style():
+        if runs.compared:
             save_png(_gains_figure(runs), results / PICTURE)
+        if lengths := _lengths(runs):
+            save_png(draw_lengths(lengths), results / CURVE)
     return _write(results / PAGE, _render(runs))
 
 
@@ -154,6 +157,7 @@ def _render(runs: _Runs) -> str:
         f"Made by `{COMMAND} {study.name} --report` from the collected records: every figure, and every sentence "
         f"outside the notes. {_evaluated_on(runs)}",
         *([f"![Gain of every recipe over its twin]({PICTURE})"] if runs.compared else []),
+        *([f"![Top-1 against the number of epochs]({CURVE})"] if _lengths(runs) else []),
         "## After the last epoch\n\n" + _table(runs, _last) + "\n\n" + _reading(runs),
         *(["## The moving average of the weights\n\n" + _table(runs, _last_average)] if averaged else []),
         *(["## Notes\n\n" + study.note] if study.note else []),
@@ -404,6 +408,16 @@ def _gains_figure(runs: _Runs) -> Any:
         label = row.name if len(twins) == 1 else f"{row.name} over {row.twin}"
         gains.append(Gain(label, values, estimate(values), row.published.gain if row.published else None))
     return draw_gains(gains, over=str(*twins) if len(twins) == 1 else "the twin")
+
+
+def _lengths(runs: _Runs) -> dict[str, dict[int, list[float]]]:
+    """Top-1 by length of the recipes that ran in several, rows of one wording being one; none of several models."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in runs.rows:
+        for run in runs.by_name[row.name].values():
+            found.setdefault(row.what, {}).setdefault(run.recipe["optim"]["epochs"], []).append(run.last)
+    one_model = len({run.recipe["model"] for run in runs.all}) == 1
+    return {what: by_length for what, by_length in found.items() if one_model and len(by_length) > 1}
 
 
 def _shares(runs: _Runs) -> dict[str, dict[str, dict[int, Sequence[tuple[float, float]]]]]:
