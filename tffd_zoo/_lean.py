@@ -251,7 +251,7 @@ class _PoolingLadder:
 
     def align(self, teacher: Tensor, loss: FeatureLoss) -> tuple[Tensor, Tensor]:
         """`feature_losses.align` of the shallow map and `teacher`."""
-        whole, size = self.rungs[0], teacher.shape[2:]
+        whole, size = self.rungs[0], (teacher.shape[2], teacher.shape[3])
         if loss not in ("l2", "ab", "at") or (loss != "at" and teacher.shape[1] < whole.shape[1]):
             return align(whole.float(), teacher.float(), loss)  # nothing is pooled, or less than the whole
         rung = next((rung for rung in reversed(self.rungs) if _tiles(rung, size)), None)
