@@ -227,15 +227,14 @@ def inter_layer_loss(
     if loss in ("sp", "ickd") and deep_channels == "first" and not torch.compiler.is_compiling():
         return _inter_layer_relations(features, pairs, loss)
     total = features[0].new_zeros((), dtype=torch.float32)
-    ladder = None
-    for shallow, deep in sorted(pairs):
-        if ladder is None or ladder.rungs[0] is not features[shallow]:
-            ladder = _PoolingLadder(features[shallow])
-        teacher = deep_channels_of(features, shallow, deep, deep_channels, saliences).detach()
-        student, teacher = ladder.align(teacher, loss)
-        differentiate_with(student, features[shallow])
-        term = compare(student, teacher)
-        total = total + (term * student[0].numel() if reduction == "sum" else term)
+    for shallow, feature in enumerate(features):
+        ladder = _PoolingLadder(feature)  # one at a time: its rungs need memory
+        for deep in sorted(j for i, j in pairs if i == shallow):
+            teacher = deep_channels_of(features, shallow, deep, deep_channels, saliences).detach()
+            student, teacher = ladder.align(teacher, loss)
+            differentiate_with(student, feature)
+            term = compare(student, teacher)
+            total = total + (term * student[0].numel() if reduction == "sum" else term)
     return total / len(pairs)
 
 
@@ -435,7 +434,8 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, target: Tensor) -> Tensor:
-        ctx.dtypes = student.dtype, target.dtype
+        assert not ctx.needs_input_grad[1], "the target teaches and is detached"
+        ctx.dtype = student.dtype
         if student.dtype == target.dtype:
             ctx.save_for_backward(student, target)
             return _total(_squared_norm(s - t) for s, t in _in_chunks(student, target))
@@ -449,11 +449,10 @@ class _SquaredError(torch.autograd.Function):
         return _total(squares)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         saved = ctx.saved_tensors
-        difference = saved[0] - saved[1] if len(saved) == 2 else saved[0].to(ctx.dtypes[0])
-        grad = difference.mul_(2 * grads[0])
-        return grad, -grad.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        difference = saved[0] - saved[1] if len(saved) == 2 else saved[0].to(ctx.dtype)
+        return difference.mul_(2 * grads[0]), None
 
 
 # --- the order of the backward pass -----------------------------------------------------------------------------------

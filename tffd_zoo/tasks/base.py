@@ -376,7 +376,7 @@ class DistillationTask(TrainingTask):
     def compile_losses(self, backend: str = "inductor", mode: str | None = None, **kwargs: Any) -> None:
         """Compile what the objectives compute and leave the network as it is, for one that runs faster so.
 
-        In bf16 on a CPU that has it, say, where Tf-FD by l2 added 2 to 6 % to a step and 8 to 15 % with eager losses
+        In bf16 on a CPU that has it, say, where Tf-FD by l2 added 3 to 6 % to a step and 8 to 14 % with eager losses
         (`precision` in recipes/results/benchmark). Evaluation, measured batches and objectives that would gain nothing
         stay eager.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from tffd_zoo.pictures import COLOURS, NEUTRAL
@@ -73,7 +74,7 @@ def draw_lengths(recipes: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for colour, (recipe, by_length) in zip((NEUTRAL, *COLOURS), recipes.items(), strict=False):
+    for colour, (recipe, by_length) in zip(cycle((NEUTRAL, *COLOURS)), recipes.items(), strict=False):
         lengths = sorted(by_length)
         axes.plot(lengths, [statistics.fmean(by_length[length]) for length in lengths], color=colour, label=recipe)
         runs = [(length, value) for length in lengths for value in by_length[length]]
