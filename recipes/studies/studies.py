@@ -545,7 +545,7 @@ STUDENTS = Study(
     ZOO,
     (
         *RESNET20,
-        *pair("resnet18", 40, (0,), image_size=64),
+        *pair("resnet18", 25, (0,), image_size=64),
         *pair("resnet32", 120, (0,), Published(70.16, PUBLIC_ZOO), Published(72.55, POSTER, 71.14)),
         *pair("vgg8", 100, (0,), Published(70.36, CRD), Published(71.62, POSTER, 70.36)),
         *pair("wrn16_2", 100, (0,), Published(73.26, CRD), Published(74.33, POSTER, 73.26)),
