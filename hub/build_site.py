@@ -35,6 +35,7 @@ from tffd_zoo.evaluation import CALIBRATION_BINS, confidence_and_success, eval_m
 from tffd_zoo.inspect import InspectConfig, StageView, look_inside, mosaic
 from tffd_zoo.json_files import read_json, write_json
 from tffd_zoo.loading import load_model, number_classes
+from tffd_zoo.model_card import Twin, known_twin
 from tffd_zoo.models import Release, releases
 from tffd_zoo.ranges import COUNT
 from tffd_zoo.run_record import RunRecord
@@ -86,7 +87,7 @@ def main(config: SiteConfig) -> None:
     if config.to.exists() and any(config.to.iterdir()) and not (config.to / "zoo.js").exists():
         raise ValueError(f"{config.to} holds something else than a page; name another folder or move it away")
     runtime = runtime_files()
-    students = [_Student(release, known.get(twin_name(release)), config) for release in chosen]
+    students = [_Student(each, known_twin(each.name, each.recipe, [*known.values()]), config) for each in chosen]
     for student in students:
         student.measure()
     with replacing_folder(config.to) as aside:
@@ -109,7 +110,7 @@ class _Student:
     """One release, and what the page says of it."""
 
     release: Release
-    twin: Release | None
+    twin: Twin | None
     """The plain run of the same recipe."""
     config: SiteConfig
 
@@ -139,7 +140,7 @@ class _Student:
         spec = ImageSpec.from_model(model)
         params, macs = model_cost(model, spec.input_size)
         confusion, bins = predict(model, test, spec)
-        twin = self.twin.name if self.twin else None
+        twin = self.twin.name if self.twin and self.twin.released else None
         data = self.config.data or self.release.metrics.dataset
         look = look_inside(
             InspectConfig(self.release.name, against=twin, data=data, split=test.split, images=MAP_IMAGES)
@@ -196,19 +197,14 @@ class _Student:
             "hardware": deployed["hardware"],
             "twin": self.twin.name if self.twin else None,
             "gain": gain(self.release, self.twin, self.config.records),
-            "curve": curve(self.release, self.config.records),
-            "twinCurve": curve(self.twin, self.config.records) if self.twin else None,
+            "curve": curve(self.release.recipe, self.config.records),
+            "twinCurve": curve(self.twin.recipe, self.config.records) if self.twin else None,
         }
 
 
 def method(release: Release) -> str:
     """What the weights were trained with."""
     return next((name for prefix, name in METHODS.items() if release.tag.startswith(prefix)), "Tf-FD")
-
-
-def twin_name(release: Release) -> str:
-    """What the plain twin of a release would be called; one that is plain itself has none."""
-    return "" if release.tag.startswith("ce_") else f"{release.architecture}.ce_{release.tag.removeprefix('kd_')}"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -243,31 +239,32 @@ def class_order(confusion: Tensor) -> Tensor:
     return (torch.linalg.eigh(laplacian).eigenvectors[:, 1] * scale).argsort()
 
 
-def runs_of(release: Release, records: Path) -> dict[int, RunRecord]:
-    """Finished runs of the release's recipe, by seed."""
+def runs_of(recipe: Mapping[str, Any], records: Path) -> dict[int, RunRecord]:
+    """Finished runs of a recipe, by seed."""
 
-    def same(recipe: Mapping[str, Any]) -> bool:
-        told = [(one["name"], one["model"], one["optim"]["epochs"]) for one in (recipe, release.recipe)]
+    def same(recorded: Mapping[str, Any]) -> bool:
+        told = [(one["name"], one["model"], one["optim"]["epochs"]) for one in (recorded, recipe)]
         return told[0] == told[1]
 
     return {run.seed: run for run in read_records(records) if run.finished and same(run.recipe)}
 
 
-def gain(release: Release, twin: Release | None, records: Path) -> dict[str, Any] | None:
-    """Top-1 of the method less that of plain training: paired runs with a 95 % interval, else the two releases."""
+def gain(release: Release, twin: Twin | None, records: Path) -> dict[str, Any] | None:
+    """Top-1 of the method less that of plain training: paired runs with a 95 % interval, else the one pair."""
     if twin is None:
         return None
-    ours, theirs = ({seed: run.last for seed, run in runs_of(one, records).items()} for one in (release, twin))
+    recipes = release.recipe, twin.recipe
+    ours, theirs = ({seed: run.last for seed, run in runs_of(recipe, records).items()} for recipe in recipes)
     differences = list(paired_differences(ours, theirs).values())
     if len(differences) < 2:
-        return {"mean": release.metrics.result.top1 - twin.metrics.result.top1, "pairs": 1, "low": None, "high": None}
+        return {"mean": release.metrics.result.top1 - twin.metrics["top1"], "pairs": 1, "low": None, "high": None}
     mean = estimate(differences)
     return {"mean": mean.mean, "pairs": mean.n, "low": mean.low, "high": mean.high}
 
 
-def curve(release: Release, records: Path) -> list[tuple[float, float]] | None:
-    """Top-1 by epoch of the very run that was released; None where its record was not kept."""
-    run = runs_of(release, records).get(release.recipe["run"]["seed"])
+def curve(recipe: Mapping[str, Any], records: Path) -> list[tuple[float, float]] | None:
+    """Top-1 by epoch of the very run of a recipe; None where its record was not kept."""
+    run = runs_of(recipe, records).get(recipe["run"]["seed"])
     return None if run is None else [(line["epoch"], line["top1"]) for line in run.evaluations]
 
 

@@ -34,7 +34,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from release import MANIFEST, release_of
+from release import MANIFEST, metrics_of, no_twin, release_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -55,8 +55,8 @@ from tffd_zoo.export_record import (
     verify_export,
 )
 from tffd_zoo.json_files import read_json
-from tffd_zoo.model_card import Twin
-from tffd_zoo.models import HubFile, add_release, releases
+from tffd_zoo.model_card import Twin, known_twin
+from tffd_zoo.models import HubFile, PlainTwin, add_release, known_release, releases
 from tffd_zoo.models.weights import reason_of
 from tffd_zoo.ranges import NOT_NEGATIVE, POSITIVE
 from tffd_zoo.signing import sign_export
@@ -111,7 +111,8 @@ def main(config: PublishConfig) -> None:
         info = prepare(config, Path(folder) / "release")
         if config.sign:
             sign_export(info.folder, config.sign)
-        release = release_of(info, HubFile(config.repo, NO_COMMIT), config.hours)
+        told = _plain_twin(info, config.twin)
+        release = release_of(info, HubFile(config.repo, NO_COMMIT), config.hours, told)
         logits = check_weights(info)
         if config.evaluate:
             check_metrics(info, config.evaluate, config.tolerance)
@@ -282,15 +283,17 @@ def _twin(info: ExportInfo, folder: Path | None) -> Twin | None:
     if folder is not None:
         twin = verify_export(folder)
         return Twin(twin.name, twin.recipe, twin.metrics)
-    name = f"{info.architecture}.ce_{info.tag}"
-    return next(
-        (
-            Twin(release.name, release.recipe, release.metrics.to_json())
-            for release in releases()
-            if release.name == name
-        ),
-        None,
-    )
+    return known_twin(info.name, info.recipe, releases())
+
+
+def _plain_twin(info: ExportInfo, folder: Path | None) -> PlainTwin | None:
+    """What the manifest tells of a twin that is not released: of the one named, else what it told of it before."""
+    if folder is not None:
+        twin = verify_export(folder)
+        another = no_twin(info, twin) or known_release(twin.name)
+        return None if another else PlainTwin(twin.recipe, metrics_of(twin))
+    known = known_release(info.name)
+    return known.plain_twin if known and known.recipe == info.recipe else None
 
 
 def _contents(info: ExportInfo) -> dict[str, str]:

@@ -26,7 +26,19 @@ from tffd_zoo.export import export
 from tffd_zoo.export_record import WEIGHTS, ExportInfo, find_export, verify_export
 from tffd_zoo.known_data import find_dataset
 from tffd_zoo.loading import load_model, number_classes
-from tffd_zoo.models import HubFile, Metrics, Release, Training, WheelFile, add_release, releases
+from tffd_zoo.model_card import unequal_settings
+from tffd_zoo.models import (
+    HubFile,
+    Metrics,
+    PlainTwin,
+    Release,
+    Training,
+    WheelFile,
+    add_release,
+    known_release,
+    plain_twin_name,
+    releases,
+)
 from tffd_zoo.ranges import POSITIVE
 from tffd_zoo.run_record import CURVES, ENVIRONMENT
 
@@ -48,6 +60,8 @@ class ReleaseConfig:
     """Wall-clock hours of training, where the export does not say."""
     half: bool = False
     """Round the weights to float16, half the size, and measure the figures anew on them; needs --data."""
+    twin: Path | None = None
+    """Its plain twin, a run or an export that is not released itself: the entry tells what that reaches."""
     data: str | None = None
     """The images that the figures are from: a Hub id or a folder."""
     manifest: Path = MANIFEST
@@ -61,13 +75,20 @@ def main(config: ReleaseConfig) -> None:
         ValueError, OSError: the export or its entry is not right; nothing was changed.
     """
     info = verify_export(find_export(config.source))
+    twin = verify_export(find_export(config.twin)) if config.twin else None
+    if twin and (reason := no_twin(info, twin)):
+        raise ValueError(f"{twin.folder} is no plain twin of {info.name}: {reason}")
+    if twin and known_release(twin.name, config.manifest):
+        raise ValueError(f"{twin.name} is released, and its entry tells what it reaches: leave --twin out")
     print(f"{info.name} goes to {config.manifest} and weights/ beside it")
     with TemporaryDirectory() as scratch:
         if config.half:
             if config.data is None:
                 raise ValueError("--half changes the weights: pass --data, the images to measure them on again")
             info = in_half(info, config.data, Path(scratch) / "export")
-        entry = release_of(info, WheelFile(info.weights), config.hours)
+            twin = twin and in_half(twin, config.data, Path(scratch) / "twin")
+        told = PlainTwin(twin.recipe, metrics_of(twin)) if twin else None
+        entry = release_of(info, WheelFile(info.weights), config.hours, told)
         stored = add_release(entry, replaces=config.replace, manifest=config.manifest)
     print(f'{config.manifest} has {stored.name}: timm.create_model("{stored.name}", pretrained=True)')
 
@@ -109,13 +130,24 @@ def in_half(info: ExportInfo, data: str, folder: Path) -> ExportInfo:
     )
 
 
-def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None = None) -> Release:
+def no_twin(info: ExportInfo, twin: ExportInfo) -> str:
+    """Why `twin` is not the plain twin of `info`, in words; empty where it is."""
+    if twin.name != plain_twin_name(info.name):
+        return f"it is {twin.name}, and that would be {plain_twin_name(info.name) or 'itself'}"
+    changed = unequal_settings(info.recipe, twin.recipe)
+    return f"they differ in {', '.join(changed)}" if changed else ""
+
+
+def release_of(
+    info: ExportInfo, file: WheelFile | HubFile, hours: float | None = None, plain_twin: PlainTwin | None = None
+) -> Release:
     """The manifest entry of an export.
 
     Args:
         info: the export.
         file: where its weights lie.
         hours: wall-clock hours of training, where `environment.json` does not say.
+        plain_twin: what is known of its plain twin, where that is not released.
 
     Raises:
         ValueError: a figure is missing or cannot be.
@@ -123,9 +155,8 @@ def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None 
     hours = hours or info.environment.get("hours")
     if not hours:
         raise ValueError(f"{info.folder}: {ENVIRONMENT} does not say how long the training took; pass --hours")
-    evaluation, preprocessing = info.metrics["evaluation"], info.config["pretrained_cfg"]
+    preprocessing = info.config["pretrained_cfg"]
     label_names = tuple(info.config["label_names"])
-    hub_id = find_dataset(info.recipe["data"]["source"], len(label_names)).hub_id
     return Release(
         architecture=info.architecture,
         tag=info.tag,
@@ -133,19 +164,11 @@ def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None 
         size=info.weights.stat().st_size,
         sha256=info.sha256[WEIGHTS],
         input=ImageSpec(**{each.name: preprocessing[each.name] for each in fields(ImageSpec)}),
-        label_set=_label_set(label_names, hub_id or info.tag),
+        label_set=_label_set(label_names, _hub_id(info) or info.tag),
         label_names=label_names,
         license=preprocessing["license"],
         recipe=info.recipe,
-        metrics=Metrics(
-            dataset=hub_id or evaluation["data"],
-            split=evaluation["split"],
-            result=replace(EvalResult.from_json(info.metrics), seconds=None),
-            evaluation={
-                **{name: info.metrics[name] for name in ("weights", "weights_epoch") if name in info.metrics},
-                **{name: value for name, value in evaluation.items() if name not in TOLD_ELSEWHERE},
-            },
-        ),
+        metrics=metrics_of(info),
         temperature=info.temperature,
         training=Training(
             epochs=info.metrics.get("trained_epochs", info.recipe["optim"]["epochs"]),
@@ -153,7 +176,27 @@ def release_of(info: ExportInfo, file: WheelFile | HubFile, hours: float | None 
             seed=info.recipe["run"]["seed"],
             hardware=info.environment.get("hardware", ""),
         ),
+        plain_twin=plain_twin,
     )
+
+
+def metrics_of(info: ExportInfo) -> Metrics:
+    """The figures of an export as the manifest has them."""
+    evaluation = info.metrics["evaluation"]
+    return Metrics(
+        dataset=_hub_id(info) or evaluation["data"],
+        split=evaluation["split"],
+        result=replace(EvalResult.from_json(info.metrics), seconds=None),
+        evaluation={
+            **{name: info.metrics[name] for name in ("weights", "weights_epoch") if name in info.metrics},
+            **{name: value for name, value in evaluation.items() if name not in TOLD_ELSEWHERE},
+        },
+    )
+
+
+def _hub_id(info: ExportInfo) -> str | None:
+    """Of the data set, where that is known."""
+    return find_dataset(info.recipe["data"]["source"], len(info.config["label_names"])).hub_id
 
 
 def _label_set(label_names: tuple[str, ...], data: str) -> str:

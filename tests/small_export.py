@@ -12,11 +12,13 @@ from timm.data import resolve_model_data_config
 from tffd_zoo.data import ImageSpec, eval_loader, open_source
 from tffd_zoo.evaluation import evaluate, evaluation_record
 from tffd_zoo.export import export
-from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe
+from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig
 from tffd_zoo.tasks import CANONICAL
 
 
-def small_export(folder: Path, seed: int = 0, tag: str = "digits", size: int = 16, **metrics: Any) -> Path:
+def small_export(
+    folder: Path, seed: int = 0, tag: str = "digits", size: int = 16, recipe_seed: int = 0, **metrics: Any
+) -> Path:
     """A run folder whose export is a tiny ResNet with the weights of `seed`, evaluated on digits of `size` pixels."""
     torch.manual_seed(seed)
     source = open_source("digits", "test")
@@ -29,6 +31,7 @@ def small_export(folder: Path, seed: int = 0, tag: str = "digits", size: int = 1
         data=DataConfig(source="digits"),
         optim=OptimConfig(epochs=2, batch_size=64, lr=0.1, weight_decay=5e-4),
         tffd=None if tag.startswith("ce_") else CANONICAL,
+        run=RunConfig(seed=recipe_seed),
     )
     export(
         model,

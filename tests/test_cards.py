@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from tffd_zoo.cards import CardsConfig, main, marks, render_results, render_students, render_suite
 from tffd_zoo.data import ImageSpec
 from tffd_zoo.evaluation import EvalResult
-from tffd_zoo.model_card import CITATION, CardInfo, Twin, render_card
-from tffd_zoo.models import Metrics, Release, Training, WheelFile
+from tffd_zoo.model_card import CITATION, CardInfo, Twin, known_twin, render_card
+from tffd_zoo.models import Metrics, PlainTwin, Release, Training, WheelFile
 from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, vary
 from tffd_zoo.tasks import CANONICAL, KDConfig, TeacherConfig, method_tag
 
@@ -314,6 +314,24 @@ def test_the_zoos_table_has_the_manifests_figures_and_the_difference_between_twi
     assert cells[4:] == ["68.50", "90.00", "1.2500", "4.50", "15", "0.75", "the package"]
     assert "- `tffd_resnet20.c100`: 0.20 points of top-1 below `tffd_resnet20.ce_c100`. That is one run" in block
     assert "- trained on: abacus, 2 wires" in block
+
+
+def test_a_twin_that_is_not_released_is_told_by_the_entry_of_the_run() -> None:
+    told = PlainTwin(PLAIN.to_dict(), release("ce_c100", 6_870, PLAIN).metrics)
+    entry = replace(release("c100", 6_850, TFFD), plain_twin=told)
+    assert (
+        "- `tffd_resnet20.c100`: 0.20 points of top-1 below `tffd_resnet20.ce_c100`, which is not released. That is"
+    ) in render_results([entry])
+    shown = cells_of(render_students([entry], {}), "tffd_resnet20.c100")
+    assert shown[2:5] == ["68.50 (68.70)", "4.50 (4.50)", "- (-)"]
+    found = known_twin(entry.name, TFFD.to_dict(), [entry])
+    assert found is not None
+    assert found.recipe == PLAIN.to_dict()
+    assert known_twin(entry.name, vary(TFFD, "tffd", run={"seed": 1}).to_dict(), [entry]) is None, "another run"
+    released = known_twin(entry.name, TFFD.to_dict(), [entry, release("ce_c100", 6_880, PLAIN)])
+    assert released is not None
+    assert (released.metrics["top1"], released.released) == (68.8, True)
+    assert known_twin("tffd_resnet20.ce_c100", PLAIN.to_dict(), [entry]) is None
 
 
 def test_a_release_without_a_twin_claims_no_gain() -> None:

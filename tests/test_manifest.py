@@ -25,7 +25,17 @@ from torch import nn
 import tffd_zoo
 from tffd_zoo.data import ImageSpec
 from tffd_zoo.evaluation import EvalResult
-from tffd_zoo.models import HubFile, Metrics, Release, Training, WheelFile, add_release, manifest
+from tffd_zoo.models import (
+    HubFile,
+    Metrics,
+    PlainTwin,
+    Release,
+    Training,
+    WheelFile,
+    add_release,
+    manifest,
+    plain_twin_name,
+)
 from tffd_zoo.models import tffd_cifar_resnet as resnets
 from tffd_zoo.models import tffd_imagenet as imagenet
 
@@ -127,6 +137,18 @@ def same_weights(model: nn.Module, path: Path) -> bool:
     return expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [
+        ("tffd_resnet20.c100", "tffd_resnet20.ce_c100"),
+        ("tffd_resnet20.kd_c100", "tffd_resnet20.ce_c100"),
+        ("tffd_resnet20.ce_c100", None),
+    ],
+)
+def test_a_plain_twin_is_the_plain_one_of_the_same_architecture_and_data(name: str, twin: str | None) -> None:
+    assert plain_twin_name(name) == twin
+
+
 # The manifest that is shipped
 
 
@@ -181,7 +203,9 @@ def test_other_class_names_under_a_name_that_is_taken_are_refused(manifest_path:
 
 
 def test_a_release_survives_json(weights: Path) -> None:
-    for release in (describe(weights), describe(weights, file=HubFile("tffd/resnet20", COMMIT))):
+    plain = PlainTwin({"name": "plain", "epochs": 2}, describe(weights).metrics)
+    variants: tuple[dict[str, Any], ...] = ({}, {"file": HubFile("tffd/resnet20", COMMIT)}, {"plain_twin": plain})
+    for release in (describe(weights, **changes) for changes in variants):
         entry = json.loads(json.dumps(release.to_json()))
         assert Release.from_json(entry, weights.parent) == release
 

@@ -510,6 +510,8 @@ def test_the_card_compares_with_the_twin(
     twin = small_export(tmp_path, seed=1, tag="ce_digits") / "export"
     assert publish(run, "--repo", repo, "--tag", "v2", "--twin", twin).code == 0
     assert "`tffd_resnet20.ce_digits`" in served(hub, repo)["README.md"].decode()
+    told = publish(run, "--repo", repo, "--tag", "v2", "--twin", twin).entry["plain_twin"]
+    assert told["metrics"]["nll"] == json.loads((twin / "metrics.json").read_text())["nll"]
     assert len(hub.requests("PUT", "/cdn/")) <= 1, "the weights have not changed and are not sent again"
 
 

@@ -77,6 +77,38 @@ def test_what_is_no_export_or_lacks_its_training_time_is_refused(run: Path, mani
     assert releases(manifest)[0].training.hours == 1.5
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_plain_twin_that_is_not_released_is_told_by_the_entry(
+    run: Path, manifest: Path, tmp_path: Path, half: bool
+) -> None:
+    twin = small_export(tmp_path / "twin", seed=1, tag="ce_digits")
+    main(ReleaseConfig(run, twin=twin, half=half, data="digits" if half else None, manifest=manifest))
+    (entry,) = releases(manifest)
+    measured = json.loads((twin / "export" / "metrics.json").read_text())
+    assert entry.plain_twin is not None
+    assert entry.plain_twin.recipe["tffd"] is None
+    told = entry.plain_twin.metrics
+    assert (told.dataset, told.split, told.result.images) == ("digits", "test", measured["images"])
+    assert (told.result.nll == measured["nll"]) == (not half), "the twin is rounded as the release is"
+    assert told.result.nll == pytest.approx(measured["nll"], rel=1e-2)
+    assert told.result.nll != entry.metrics.result.nll
+    main(ReleaseConfig(run, replace=True, manifest=manifest))
+    assert releases(manifest)[0].plain_twin is None
+
+
+def test_what_is_no_plain_twin_or_is_released_itself_is_refused(run: Path, manifest: Path, tmp_path: Path) -> None:
+    plain = small_export(tmp_path / "plain", tag="ce_digits")
+    with pytest.raises(ValueError, match=r"no plain twin of .*: it is tffd_resnet20\.digits, and that would"):
+        main(ReleaseConfig(run, twin=run, manifest=manifest))
+    other = small_export(tmp_path / "other", tag="ce_digits", recipe_seed=3)
+    with pytest.raises(ValueError, match=r"no plain twin of tffd_resnet20\.digits: they differ in seed"):
+        main(ReleaseConfig(run, twin=other, manifest=manifest))
+    assert releases(manifest) == ()
+    main(ReleaseConfig(plain, manifest=manifest))
+    with pytest.raises(ValueError, match=r"tffd_resnet20\.ce_digits is released, .*: leave --twin out"):
+        main(ReleaseConfig(run, twin=plain, manifest=manifest))
+
+
 def test_half_the_size_means_other_weights_and_figures_measured_on_them(run: Path, manifest: Path) -> None:
     with pytest.raises(ValueError, match="pass --data, the images to measure them on again"):
         main(ReleaseConfig(run, half=True, manifest=manifest))

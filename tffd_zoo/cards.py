@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +17,16 @@ from .cli import run_cli
 from .evaluation import FIGURES
 from .json_files import read_json
 from .markdown import bullets, escaped, markdown_table
-from .model_card import CHOSEN_ON_ITS_TEST, Twin, chosen_on_its_test, comparison, figures_shown, short_method
-from .models import HubFile, Metrics, Release, releases
+from .model_card import (
+    CHOSEN_ON_ITS_TEST,
+    Twin,
+    chosen_on_its_test,
+    comparison,
+    figures_shown,
+    known_twin,
+    short_method,
+)
+from .models import HubFile, Metrics, Release, plain_twin_name, releases
 
 Suite = Mapping[str, Sequence[Mapping[str, Any]]]
 """The rows of every part of the evaluation suite, as in its `suite.json`."""
@@ -33,6 +40,8 @@ class SuiteFigure(NamedTuple):
     heading: str
 
 
+SHORT = ("top1", "ece")
+"""What the README has of every student's figures."""
 CORRUPTED = SuiteFigure("corruptions", "mean", "corrupted %")
 SHOWN = (
     SuiteFigure("calibration", "ece", "ECE %"),
@@ -70,17 +79,16 @@ def render_results(released: Sequence[Release]) -> str:
         ]
         for release in released
     ]
-    by_name = {release.name: release for release in released}
     lines = [
         f"trained on: {escaped(hardware)}" for hardware in sorted({release.training.hardware for release in released})
     ]
     for release in released:
         if chosen_on_its_test(release.recipe, release.metrics.split, release.metrics.evaluation):
             lines.append(f"`{release.name}`: {CHOSEN_ON_ITS_TEST}")
-        twin = by_name.get(f"{release.architecture}.ce_{release.tag}")
-        if twin is not None:
-            lines.append(f"`{release.name}`: {comparison(_twin_of(release), _twin_of(twin))}")
-        elif "_" not in release.tag:
+        if twin := known_twin(release.name, release.recipe, released):
+            run = Twin(release.name, release.recipe, release.metrics.to_json())
+            lines.append(f"`{release.name}`: {comparison(run, twin)}")
+        elif plain_twin_name(release.name):
             lines.append(f"`{release.name}`: no plain twin was trained, so no gain by Tf-FD is claimed.")
     return f"{markdown_table(header, rows)}\n\n{bullets(lines)}"
 
@@ -88,26 +96,26 @@ def render_results(released: Sequence[Release]) -> str:
 def render_students(released: Sequence[Release], suite: Suite) -> str:
     """Return the students at a glance: what each reaches beside its plain twin, and its size."""
     by_name = {release.name: release for release in released}
-
-    def beside_twin(release: Release, shown: Callable[[Release], str]) -> str:
-        twin = by_name.get(f"{release.architecture}.ce_{release.tag}")
-        return f"{shown(release)} ({shown(twin) if twin else '-'})"
-
-    figures: tuple[Callable[[Release], str], ...] = (
-        *(partial(_figure_of, name) for name in ("top1", "ece")),
-        lambda release: _suite_figure(suite, release, CORRUPTED),
-    )
-    rows = [
-        [
-            f"`{release.name}`",
-            f"{release.metrics.dataset}, {release.input.input_size[-1]} px",
-            *(beside_twin(release, shown) for shown in figures),
-            f"{release.size / 1e6:.1f}",
+    rows = []
+    for release in released:
+        twin_name = plain_twin_name(release.name)
+        if twin_name is None:
+            continue
+        twin = known_twin(release.name, release.recipe, released)
+        measured = release.metrics.to_json(), twin.metrics if twin else {}
+        pairs = [
+            *([_figure_of(name, metrics) for metrics in measured] for name in SHORT),
+            [_suite_figure(suite, by_name.get(name), CORRUPTED) for name in (release.name, twin_name)],
         ]
-        for release in released
-        if not release.tag.startswith("ce_")
-    ]
-    headings = [FIGURES["top1"].heading, FIGURES["ece"].heading, CORRUPTED.heading]
+        rows.append(
+            [
+                f"`{release.name}`",
+                f"{release.metrics.dataset}, {release.input.input_size[-1]} px",
+                *(f"{its_own} ({of_the_twin})" for its_own, of_the_twin in pairs),
+                f"{release.size / 1e6:.1f}",
+            ]
+        )
+    headings = [*(FIGURES[name].heading for name in SHORT), CORRUPTED.heading]
     table = markdown_table(["student", "trained on", *headings, "MB"], rows)
     return (
         f"{table}\n\nIn brackets: its plain twin, the same recipe and seed without Tf-FD. {_conditions(suite)}One run "
@@ -139,17 +147,13 @@ def render_suite(released: Sequence[Release], suite: Suite) -> str:
     return f"{table}\n\n{bullets(lines)}"
 
 
-def _twin_of(release: Release) -> Twin:
-    return Twin(release.name, release.recipe, release.metrics.to_json())
-
-
 def _images_of(metrics: Metrics) -> str:
     held_out = " (images held out)" if metrics.evaluation.get("held_out") else ""
     return f"{escaped(metrics.dataset)}, {escaped(metrics.split)}{held_out}"
 
 
-def _figure_of(name: str, release: Release) -> str:
-    return FIGURES[name].shown(release.metrics.result.figures.get(name))
+def _figure_of(name: str, metrics: Mapping[str, Any]) -> str:
+    return FIGURES[name].shown(metrics.get(name))
 
 
 def _row(suite: Suite, part: str, name: str) -> Mapping[str, Any]:
@@ -159,11 +163,12 @@ def _row(suite: Suite, part: str, name: str) -> Mapping[str, Any]:
 def _is_current(suite: Suite, release: Release) -> bool:
     """Whether the suite measured these very weights, as far as their accuracy tells: not others of that name."""
     top1 = _row(suite, "clean", release.name).get("top1")
-    return top1 is not None and FIGURES["top1"].shown(top1) == _figure_of("top1", release)
+    return top1 is not None and FIGURES["top1"].shown(top1) == _figure_of("top1", release.metrics.to_json())
 
 
-def _suite_figure(suite: Suite, release: Release, figure: SuiteFigure) -> str:
-    value = _row(suite, figure.part, release.name).get(figure.name) if _is_current(suite, release) else None
+def _suite_figure(suite: Suite, release: Release | None, figure: SuiteFigure) -> str:
+    current = release is not None and _is_current(suite, release)
+    value = _row(suite, figure.part, release.name).get(figure.name) if release and current else None
     return "-" if value is None else f"{value:.2f}"
 
 

@@ -6,7 +6,7 @@ Every figure and every claim in a card comes from those records; a card claims n
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from .data.splits import same_split
 from .evaluation import FIGURES
 from .known_data import Dataset, find_dataset
 from .markdown import bullets, code, escaped, markdown_table
+from .models import Release, plain_twin_name
 from .tasks import METHODS
 
 LICENSE = "apache-2.0"
@@ -39,6 +40,7 @@ class Twin:
     name: str
     recipe: Mapping[str, Any]
     metrics: Mapping[str, Any]
+    released: bool = True
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,26 @@ def _results(info: CardInfo) -> str:
     return f"{markdown_table(header, rows)}\n\n{remark}".rstrip()
 
 
+def known_twin(name: str, recipe: Mapping[str, Any], released: Sequence[Release]) -> Twin | None:
+    """The plain twin of the run that is called `name`: as it is released, or told by the entry of this very run."""
+    twin = plain_twin_name(name)
+    by_name = {release.name: release for release in released}
+    if twin in by_name:
+        return Twin(twin, by_name[twin].recipe, by_name[twin].metrics.to_json())
+    told = by_name[name].plain_twin if name in by_name and by_name[name].recipe == recipe else None
+    return Twin(twin, told.recipe, told.metrics.to_json(), released=False) if twin and told else None
+
+
 def comparison(run: Twin, twin: Twin) -> str:
     """Say how a run stands to its twin, and what one pair of runs cannot tell."""
     difference = run.metrics["top1"] - twin.metrics["top1"]
     stands = f"{abs(difference):.2f} points of top-1 {'above' if difference >= 0 else 'below'}"
+    which = f"`{twin.name}`" if twin.released else f"`{twin.name}`, which is not released"
     verdict = (
-        f"{stands} `{twin.name}`. That is one run against one run: how much the seed alone moves the figure was not "
+        f"{stands} {which}. That is one run against one run: how much the seed alone moves the figure was not "
         "measured here, so the difference says nothing about significance."
     )
-    changed = _unequal_settings(run.recipe, twin.recipe)
+    changed = unequal_settings(run.recipe, twin.recipe)
     if changed:
         verdict += f" The two runs also differ in {', '.join(changed)}, so it is not the effect of one change."
     return verdict
@@ -221,7 +234,7 @@ def _trained_epochs(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> fl
     return metrics.get("trained_epochs", recipe["optim"]["epochs"])
 
 
-def _unequal_settings(recipe: Mapping[str, Any], twin: Mapping[str, Any]) -> list[str]:
+def unequal_settings(recipe: Mapping[str, Any], twin: Mapping[str, Any]) -> list[str]:
     """Name the settings of data, optimisation and seed in which two runs differ."""
     operational = {"source", "workers", "in_memory"}
     changed = [

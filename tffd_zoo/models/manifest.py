@@ -29,7 +29,8 @@ from .weights import download, read_verified
 MANIFEST = Path(__file__).with_name("manifest.json")
 WHEEL_LIMIT = 50_000_000  # bytes; PyPI's users download them all, whichever model they want
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-BASELINE_TAGS = ("kd_", "ce_")  # prefixes of the tags beside Tf-FD's own, which comes first and is timm's default
+PLAIN_TAG, PLUS_TAG = "ce_", "kd_"
+"""Prefixes of the tags beside Tf-FD's own, which comes first and is timm's default."""
 
 T = TypeVar("T")
 
@@ -140,6 +141,16 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class PlainTwin:
+    """The plain run beside a release: the same recipe and seed with cross-entropy alone, not released itself."""
+
+    recipe: Mapping[str, Any]
+    """As of the release."""
+    metrics: Metrics
+    """Measured as those of the release are."""
+
+
+@dataclass(frozen=True)
 class Training:
     """How long and on what the weights were trained."""
 
@@ -186,6 +197,8 @@ class Release:
     training: Training
     temperature: float | None = None
     """What `predict` divides the logits by, fitted on training images that were held out; None: not calibrated."""
+    plain_twin: PlainTwin | None = None
+    """Its plain twin, where the weights of that are not released; None: they are, or none was trained."""
 
     def __post_init__(self) -> None:
         _require(self.temperature is None or self.temperature > 0, f"temperature {self.temperature} is not positive")
@@ -230,6 +243,7 @@ class Release:
 
     def to_json(self) -> dict[str, Any]:
         """The entry as JSON holds it, complete with its class names."""
+        twin = self.plain_twin
         file = {"wheel": self.file.path.name} if isinstance(self.file, WheelFile) else asdict(self.file)
         entry = {
             **{each.name: getattr(self, each.name) for each in fields(self)},
@@ -239,8 +253,9 @@ class Release:
             "recipe": dict(self.recipe),
             "metrics": self.metrics.to_json(),
             "training": asdict(self.training),
+            "plain_twin": twin and {"recipe": dict(twin.recipe), "metrics": twin.metrics.to_json()},
         }
-        return entry if self.temperature is not None else {k: v for k, v in entry.items() if k != "temperature"}
+        return {name: value for name, value in entry.items() if value is not None}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any], folder: Path) -> Release:
@@ -258,6 +273,7 @@ class Release:
                 "label_names": tuple(entry["label_names"]),
                 "metrics": Metrics.from_json(entry["metrics"]),
                 "training": _build(Training, entry["training"]),
+                "plain_twin": _plain_twin_of(entry.get("plain_twin")),
             }
             return cls(**{**entry, **parts})
         except (ValueError, TypeError, AttributeError) as error:
@@ -291,6 +307,12 @@ def known_release(name: str, manifest: Path | None = None) -> Release | None:
     return next(
         (candidate for candidate in releases(manifest) if name in (candidate.name, candidate.architecture)), None
     )
+
+
+def plain_twin_name(name: str) -> str | None:
+    """What the plain twin of the release `name` is called, `architecture.ce_tag`; None where that is plain itself."""
+    architecture, _, tag = name.partition(".")
+    return None if tag.startswith(PLAIN_TAG) else f"{architecture}.{PLAIN_TAG}{tag.removeprefix(PLUS_TAG)}"
 
 
 def find_release(cfg: PretrainedCfg) -> Release | None:
@@ -422,7 +444,14 @@ def _write(released: Sequence[Release], manifest: Path) -> None:
 
 def _rank(release: Release) -> tuple[str, bool, str]:
     """Sort key: by architecture, Tf-FD's own weights before the baselines."""
-    return release.architecture, release.tag.startswith(BASELINE_TAGS), release.tag
+    return release.architecture, release.tag.startswith((PLAIN_TAG, PLUS_TAG)), release.tag
+
+
+def _plain_twin_of(entry: Mapping[str, Any] | None) -> PlainTwin | None:
+    if entry is None:
+        return None
+    _require_fields(PlainTwin, entry)
+    return PlainTwin(entry["recipe"], Metrics.from_json(entry["metrics"]))
 
 
 def _input_json(spec: ImageSpec) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from timm.models import parse_model_name, split_model_name_tag
+from timm.models import parse_model_name
 
 from ..atomic import replacing_file
 from ..cli import USER_ERRORS
@@ -25,7 +25,7 @@ from ..data import ImageSource
 from ..json_files import read_json
 from ..loading import check_model_name, left_out
 from ..markdown import markdown_table
-from ..models.manifest import known_release
+from ..models import known_release, plain_twin_name
 from ..pictures import house_style, save_png
 from . import calibration, clean, corrupted, cost, duplicates, ood, shifts, transfer
 from .measurement import Figures, Measurement, Part
@@ -53,7 +53,6 @@ PARTS = {
 OPTIONAL = ("shifts",)
 FORMAT = 1
 """Raised when what a part measures changes: everything is then measured again."""
-PLAIN_TAG = "ce_"
 
 
 @dataclass
@@ -155,9 +154,8 @@ def pair_up(models: Sequence[str], against: Sequence[str]) -> list[tuple[str, st
     found = []
     for model in models:
         source, model_id = parse_model_name(model)
-        architecture, tag = split_model_name_tag(model_id)
-        twin = f"{architecture}.{PLAIN_TAG}{re.sub('^kd_', '', tag)}"
-        if source is None and twin in models and not tag.startswith(PLAIN_TAG):
+        twin = plain_twin_name(model_id)
+        if source is None and twin and twin in models:
             found.append((model, twin))
     return found
 
