@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,13 @@ def test_the_index_counts_what_excludes_zero_and_links_to_every_page(tmp_path: P
     assert "12 of 2 epochs, test images" in row
     assert "canonical +1.00 (n = 3, +0.75 to +1.25)" in row
     assert "unrun" not in index
+
+
+def test_the_index_tells_rows_of_one_description_apart_by_their_names(tmp_path: Path) -> None:
+    rows = [replace(row, what="and Tf-FD" if row.name in ("tffd", "noisy") else row.what) for row in STUDY.rows]
+    index = index_text([replace(STUDY, rows=tuple(rows))], collect_all(tmp_path), tmp_path)
+    assert "`tffd` +1.00 (n = 3, +0.75 to +1.25); with another padding -1.00 (n" in index
+    assert "; `noisy` +0.00 (n" in index
 
 
 def test_held_out_images_are_not_called_the_test_set(tmp_path: Path) -> None:

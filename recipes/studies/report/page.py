@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -444,10 +445,12 @@ def _render_index(pages: Sequence[_Runs], results: Path) -> str:
     certain: dict[str, str] = {}  # of every row with an interval, its difference where zero is not in it
     for runs in pages:
         gains = []
+        times = Counter(row.what for row in runs.compared)
         for row in runs.compared:
             gain = estimate(runs.difference(row, _last))
             spread = "" if gain.half_width is None else f" (n = {gain.n}, {_interval(gain)})"
-            gains.append(f"{row.what} {_signed(gain.mean)}{spread}")
+            which = row.what if times[row.what] == 1 else f"`{row.name}`"
+            gains.append(f"{which} {_signed(gain.mean)}{spread}")
             if gain.half_width is not None:
                 excludes = gain.verdict in ("above", "below")
                 certain[row.name] = f"`{row.name}` ({_signed(gain.mean)}, n = {gain.n})" if excludes else ""
