@@ -108,11 +108,11 @@ def main(config: PublishConfig) -> None:
     """
     _check_names(config)
     with tempfile.TemporaryDirectory() as folder:
-        info = prepare(config, Path(folder) / "release")
+        twin = verify_export(config.twin) if config.twin else None
+        info = prepare(config, Path(folder) / "release", twin)
         if config.sign:
             sign_export(info.folder, config.sign)
-        told = _plain_twin(info, config.twin)
-        release = release_of(info, HubFile(config.repo, NO_COMMIT), config.hours, told)
+        release = release_of(info, HubFile(config.repo, NO_COMMIT), config.hours, _plain_twin(info, twin))
         logits = check_weights(info)
         if config.evaluate:
             check_metrics(info, config.evaluate, config.tolerance)
@@ -139,7 +139,7 @@ def main(config: PublishConfig) -> None:
     print(json.dumps(release.to_json(), indent=2, ensure_ascii=False))
 
 
-def prepare(config: PublishConfig, folder: Path) -> ExportInfo:
+def prepare(config: PublishConfig, folder: Path, twin: ExportInfo | None) -> ExportInfo:
     """Copy the export to `folder`, which must not exist, with the card of this release, and check all of it.
 
     Raises:
@@ -152,7 +152,8 @@ def prepare(config: PublishConfig, folder: Path) -> ExportInfo:
     if strangers:
         raise ValueError(f"{source} holds {', '.join(sorted(strangers))}, which no release has; export again")
     shutil.copytree(source, folder)
-    return rewrite_card(folder, twin=_twin(info, config.twin), repo=config.repo)
+    beside = Twin(twin.name, twin.recipe, twin.metrics) if twin else known_twin(info.name, info.recipe, releases())
+    return rewrite_card(folder, twin=beside, repo=config.repo)
 
 
 def check_weights(info: ExportInfo) -> Tensor:
@@ -278,18 +279,9 @@ def tag(config: PublishConfig, commit: str) -> None:
             _patient(lambda: api.create_tag(config.repo, tag=config.tag, revision=commit))
 
 
-def _twin(info: ExportInfo, folder: Path | None) -> Twin | None:
-    """The plain run to compare with: the one named, else the released one."""
-    if folder is not None:
-        twin = verify_export(folder)
-        return Twin(twin.name, twin.recipe, twin.metrics)
-    return known_twin(info.name, info.recipe, releases())
-
-
-def _plain_twin(info: ExportInfo, folder: Path | None) -> PlainTwin | None:
+def _plain_twin(info: ExportInfo, twin: ExportInfo | None) -> PlainTwin | None:
     """What the manifest tells of a twin that is not released: of the one named, else what it told of it before."""
-    if folder is not None:
-        twin = verify_export(folder)
+    if twin is not None:
         another = no_twin(info, twin) or known_release(twin.name)
         return None if another else PlainTwin(twin.recipe, metrics_of(twin))
     known = known_release(info.name)

@@ -132,8 +132,11 @@ def in_half(info: ExportInfo, data: str, folder: Path) -> ExportInfo:
 
 def no_twin(info: ExportInfo, twin: ExportInfo) -> str:
     """Why `twin` is not the plain twin of `info`, in words; empty where it is."""
-    if twin.name != plain_twin_name(info.name):
-        return f"it is {twin.name}, and that would be {plain_twin_name(info.name) or 'itself'}"
+    name = plain_twin_name(info.name)
+    if name is None:
+        return "that is plain itself"
+    if twin.name != name:
+        return f"it is {twin.name}, and that would be {name}"
     changed = unequal_settings(info.recipe, twin.recipe)
     return f"they differ in {', '.join(changed)}" if changed else ""
 

@@ -100,6 +100,8 @@ def test_what_is_no_plain_twin_or_is_released_itself_is_refused(run: Path, manif
     plain = small_export(tmp_path / "plain", tag="ce_digits")
     with pytest.raises(ValueError, match=r"no plain twin of .*: it is tffd_resnet20\.digits, and that would"):
         main(ReleaseConfig(run, twin=run, manifest=manifest))
+    with pytest.raises(ValueError, match=r"no plain twin of tffd_resnet20\.ce_digits: that is plain itself"):
+        main(ReleaseConfig(plain, twin=plain, manifest=manifest))
     other = small_export(tmp_path / "other", tag="ce_digits", recipe_seed=3)
     with pytest.raises(ValueError, match=r"no plain twin of tffd_resnet20\.digits: they differ in seed"):
         main(ReleaseConfig(run, twin=other, manifest=manifest))

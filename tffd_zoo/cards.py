@@ -102,7 +102,7 @@ def render_students(released: Sequence[Release], suite: Suite) -> str:
         if twin_name is None:
             continue
         twin = known_twin(release.name, release.recipe, released)
-        measured = release.metrics.to_json(), twin.metrics if twin else {}
+        measured = release.metrics.result.figures, twin.metrics if twin else {}
         pairs = [
             *([_figure_of(name, metrics) for metrics in measured] for name in SHORT),
             [_suite_figure(suite, by_name.get(name), CORRUPTED) for name in (release.name, twin_name)],
@@ -163,12 +163,13 @@ def _row(suite: Suite, part: str, name: str) -> Mapping[str, Any]:
 def _is_current(suite: Suite, release: Release) -> bool:
     """Whether the suite measured these very weights, as far as their accuracy tells: not others of that name."""
     top1 = _row(suite, "clean", release.name).get("top1")
-    return top1 is not None and FIGURES["top1"].shown(top1) == _figure_of("top1", release.metrics.to_json())
+    return top1 is not None and FIGURES["top1"].shown(top1) == _figure_of("top1", release.metrics.result.figures)
 
 
 def _suite_figure(suite: Suite, release: Release | None, figure: SuiteFigure) -> str:
-    current = release is not None and _is_current(suite, release)
-    value = _row(suite, figure.part, release.name).get(figure.name) if release and current else None
+    if release is None or not _is_current(suite, release):
+        return "-"
+    value = _row(suite, figure.part, release.name).get(figure.name)
     return "-" if value is None else f"{value:.2f}"
 
 
