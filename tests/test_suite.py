@@ -31,7 +31,7 @@ from tffd_zoo.suite.cost import activations, peak_memory
 from tffd_zoo.suite.measurement import Measurement, Part, percent
 from tffd_zoo.suite.page import page, tables
 from tffd_zoo.suite.pairs import differences, mcnemar, mean_over_pairs
-from tffd_zoo.suite.setting import SuiteConfig, parse_named
+from tffd_zoo.suite.setting import SuiteConfig, parse_named, pixels
 from tffd_zoo.suite.subject import Predictions, Subject
 
 pytest.importorskip("cv2")  # the extra `suite`
@@ -153,6 +153,43 @@ def test_models_pair_with_their_plain_twins_or_as_told() -> None:
         run.pair_up(models, models[:2])
 
 
+# -- images of another size --------------------------------------------------------------------------------------------
+
+
+def test_small_arrays_are_enlarged_as_the_images_of_the_split_are(tmp_path: Path) -> None:
+    for number, image in enumerate(np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)):
+        (tmp_path / str(number % 2)).mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / str(number % 2) / f"{number}.png")
+    source = open_source(str(tmp_path), "train")
+    torch.manual_seed(0)
+    model = timm.create_model("tffd_resnet18", num_classes=2).eval()
+    subject = Subject("large", model, ImageSpec((3, 64, 64), (0.5,) * 3, (0.2,) * 3, "bilinear", 1.0), batch_size=2)
+    expected = subject.predict(source)
+    found = subject.predict_arrays(pixels(source, 32))
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(subject.logits_of(pixels(source, 32)), expected.logits, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(subject.logits_of(pixels(source, 16)), expected.logits, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("side", "refused"), [(32, False), (48, True)])
+def test_corruptions_are_for_small_images_whatever_a_model_enlarges_them_to(
+    side: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corrupted, "KINDS", {"brightness": KINDS["brightness"]})
+    use_cache(monkeypatch, tmp_path / "assets")
+    for name, colour in {"red": (200, 9, 9), "green": (9, 200, 9)}.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (side, side), colour).save(tmp_path / "data" / name / "0.png")
+    source = open_source(str(tmp_path / "data"), "train")
+    subject = Subject("colour", Colour(), replace(SPEC, input_size=(3, 64, 64)), ("green", "red"), batch_size=4)
+    setting = run.Setting(SuiteConfig(), source, lambda split, column: source)
+    if refused:
+        with pytest.raises(ValueError, match="made for images of 32 pixels, and colour takes 64 x 64"):
+            corrupted.measure(subject, setting)
+    else:
+        assert len(corrupted.measure(subject, setting).samples["test"]) == 5
+
+
 # -- unknown images ----------------------------------------------------------------------------------------------------
 
 
@@ -186,10 +223,10 @@ def test_copies_are_found_mirrored_and_brightened_and_others_are_not(rng: np.ran
 
 
 def test_the_published_list_is_taken_without_pairs_that_only_look_alike(tmp_path: Path) -> None:
-    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)):
+    for number, image in enumerate(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)):
         place = tmp_path / "train" / str(number // 3)
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(place / f"{number}.png")
+        Image.fromarray(image).save(place / f"{number}.png")
     whole = open_source(str(tmp_path / "train"), "train")
     path = tmp_path / "duplicates.csv"
     path.write_text("TestID,TrainID,Distance,Judgment\n1,1,0.0,0\n3,6,0.2,1\n4,7,0.4,2\n")

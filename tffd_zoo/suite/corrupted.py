@@ -173,7 +173,7 @@ def measure(subject: Subject, setting: Setting) -> Measurement:
     if folder is not None:
         arrays, images = open_arrays(folder, source), f"arrays in {folder.name}"
     else:
-        _require_small(subject)
+        _require_small(subject, source)
         with_frost = "the published frost" if setting.config.frost else "stand-ins for frost"
         images = f"generated, seed {setting.config.suite_seed}, {with_frost}"
         arrays = make_arrays(source, setting.config.suite_seed, setting.config.frost)
@@ -192,9 +192,10 @@ def measure(subject: Subject, setting: Setting) -> Measurement:
     return Measurement({"test": correct}, {"corrupted_images": images, "images": len(targets)}, tuple(problems))
 
 
-def _require_small(subject: Subject) -> None:
+def _require_small(subject: Subject, source: ImageSource) -> None:
+    """Refuse a model of larger images, unless it takes such small ones enlarged: then they are as small themselves."""
     size = subject.spec.input_size[1:]
-    if size != (SIZE, SIZE):
+    if size != (SIZE, SIZE) and source.decode(0).size != (SIZE, SIZE):
         raise ValueError(
             f"corruptions are made for images of {SIZE} pixels, and {subject.name} takes {size[0]} x {size[1]}; give a "
             "folder of corrupted images, such as ImageNet-C, with --corruptions"

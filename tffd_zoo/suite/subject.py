@@ -6,12 +6,14 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
+from timm.data import create_transform
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -123,10 +125,9 @@ class Subject:
             self._compiled = compiled
 
     def logits_of(self, images: np.ndarray) -> np.ndarray:
-        """Run the model on uint8 images (N, H, W, 3), which must have the size of its input: logits (N, classes).
+        """Run the model on uint8 images (N, H, W, 3): logits (N, classes).
 
-        Raises:
-            ValueError: they have another size.
+        Images of another size than its input are brought to it as its config says.
         """
         return self._run_arrays(images, with_features=False)[0]
 
@@ -135,19 +136,18 @@ class Subject:
         return Predictions(*self._run_arrays(images, with_features=True), np.full(len(images), -1))
 
     def _run_arrays(self, images: np.ndarray, with_features: bool) -> tuple[np.ndarray, np.ndarray]:
-        if images.shape[1:3] != self.spec.input_size[1:]:
-            raise ValueError(
-                f"{self.name} takes {self.spec.input_size[1]} x {self.spec.input_size[2]} pixels, and the images have "
-                f"{images.shape[1]} x {images.shape[2]}"
-            )
         part = np.array_split(np.arange(len(images)), self.world_size)[self.rank]
         starts = range(0, len(part), self.batch_size)
         normalize = Normalize(self.spec.mean, self.spec.std, self.spec.input_size, torch.channels_last)
+        transform = create_transform(**asdict(self.spec))
 
         def batches() -> Iterator[Tensor]:
             for start in starts:
-                chosen = part[start : start + self.batch_size]
-                yield normalize(torch.from_numpy(np.ascontiguousarray(images[chosen])).permute(0, 3, 1, 2))
+                chosen = images[part[start : start + self.batch_size]]
+                if images.shape[1:3] == self.spec.input_size[1:]:
+                    yield normalize(torch.from_numpy(np.ascontiguousarray(chosen)).permute(0, 3, 1, 2))
+                else:
+                    yield torch.stack([transform(Image.fromarray(image)) for image in chosen])
 
         return self._run(batches(), len(starts), with_features)
 
