@@ -12,7 +12,7 @@ from run_records import PLAIN, TFFD, write_run
 
 from recipes.studies.report import Published, Row, Study, changes, collect, index_text, report_text, write_report
 from recipes.studies.report.charts import draw_lengths
-from recipes.studies.report.statistics import estimate, interval_factor, paired_differences
+from recipes.studies.report.statistics import Spread, estimate, estimate_gain, paired_differences, spread_of_runs
 from tffd_zoo.recipe import vary
 from tffd_zoo.tasks import CANONICAL, TeacherConfig
 
@@ -33,7 +33,7 @@ TOP1 = {
     "plain": [60.0, 61.0, 62.0],
     "tffd": [61.0, 62.1, 62.9],  # +1.0, +1.1, +0.9
     "worse": [59.0, 59.9, 61.1],  # -1.0, -1.1, -0.9
-    "noisy": [61.0, 60.0, 62.0],  # +1, -1, 0
+    "noisy": [60.4, 60.6, 62.0],  # +0.4, -0.4, 0
 }
 
 
@@ -66,21 +66,49 @@ def test_an_interval_worked_by_hand() -> None:
     result = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (result.mean, result.n) == (3.0, 5)
     assert result.sd == pytest.approx(1.5811388)
-    assert result.half_width == pytest.approx(2.776445 * 1.5811388 / 2.2360680, rel=1e-6)
+    assert result.half_width() == pytest.approx(2.776445 * 1.5811388 / 2.2360680, rel=1e-6)
     assert (result.low, result.high) == pytest.approx((1.036757, 4.963243), abs=1e-5)
     assert result.verdict == "above"
-    # a printed table of Student's t, 97.5 %, 1 and 9 degrees
-    assert interval_factor(2) == pytest.approx(12.706 / math.sqrt(2), rel=1e-4)
-    assert interval_factor(10) == pytest.approx(2.262 / math.sqrt(10), rel=1e-3)
+    # a printed table of Student's t with 4 degrees, 99.5 %: at this level zero is not excluded
+    assert result.half_width(0.99) == pytest.approx(4.604 * 1.5811388 / 2.2360680, rel=1e-3)
+    assert result.excludes_zero()
+    assert not result.excludes_zero(0.99)
 
 
 def test_one_value_has_neither_spread_nor_interval_nor_verdict() -> None:
     result = estimate([2.0])
-    assert (result.sd, result.half_width, result.verdict) == (None, None, "unknown")
+    assert (result.sd, result.error, result.verdict) == (None, None, "unknown")
 
 
 def test_differences_are_taken_between_runs_with_one_seed() -> None:
     assert paired_differences({0: 3.0, 1: 5.0, 7: 1.0}, {7: 4.0, 1: 1.0, 3: 9.0}) == {1: 4.0, 7: -3.0}
+
+
+def test_the_spread_of_runs_is_what_recipes_and_seeds_do_not_explain() -> None:
+    # Means of rows 1, 2 and 6, of columns 7/3 and 11/3, of all 3. Less those of its row and column, plus that of all, a
+    # value is -1/3 1/3, 2/3 -2/3 and -1/3 1/3: squares of 12/9 in all, over (3 - 1)(2 - 1) degrees.
+    layout = [{0: 0.0, 1: 2.0}, {0: 2.0, 1: 2.0}, {0: 5.0, 1: 7.0}]
+    assert spread_of_runs(layout) == Spread(pytest.approx(math.sqrt(2 / 3)), 2)
+
+
+def test_two_recipes_have_the_interval_of_students_paired_t() -> None:
+    ours, theirs = {0: 61.0, 1: 62.1, 2: 62.9}, {0: 60.3, 1: 61.0, 2: 62.0}
+    differences = [*paired_differences(ours, theirs).values()]
+    spread = spread_of_runs([theirs, ours])
+    assert estimate_gain(differences, spread).half_width() == pytest.approx(estimate(differences).half_width())
+
+
+def test_a_run_that_nothing_is_held_against_says_nothing_of_the_spread() -> None:
+    pair = [{0: 1.0, 1: 2.0}, {0: 3.0, 1: 5.0}]
+    known = spread_of_runs(pair)
+    assert known == Spread(pytest.approx(0.5), 1)  # differences 2 and 3: sd sqrt(1/2), over sqrt(2)
+    assert spread_of_runs([*pair, {0: 9.0}]) == Spread(pytest.approx(0.5), 1)  # one run of a recipe
+    assert spread_of_runs([{**pair[0], 2: 9.0}, pair[1]]) == Spread(pytest.approx(0.5), 1)  # the only run of a seed
+    assert spread_of_runs([{0: 1.0}, {0: 3.0}]) is None
+
+
+def test_a_single_pair_has_no_interval_however_well_the_spread_is_known() -> None:
+    assert estimate_gain([2.0], Spread(0.5, 20)).error is None
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -90,10 +118,10 @@ def test_the_tables_show_hand_worked_means_differences_and_intervals(tmp_path: P
     page = report_text(STUDY, collect_all(tmp_path))
 
     assert table_row(page, "plain", LAST)[2:] == ["2", "3", "61.00", "1.00", "-", "-", "-", "69.06 [1]"]
-    # differences 1.0, 1.1, 0.9: mean 1, sd 0.1, half-width 4.3027 * 0.1 / sqrt(3) = 0.248
-    assert table_row(page, "tffd", LAST)[6:] == ["`plain`", "+1.00", "+0.75 to +1.25", "70.62, +1.56 [1]"]
-    # +1, -1, 0: sd 1, half-width 2.484
-    assert table_row(page, "noisy", LAST)[7:9] == ["+0.00", "-2.48 to +2.48"]
+    # Less the means of rows and seeds the values are -.1 .1 0, -.1 .2 -.1, -.1 0 .1 and .3 -.3 0. Their squares sum to
+    # .28 and have (4 - 1)(3 - 1) degrees: sd .216, half-width 2.4469 * .216 * sqrt(2 / 3) = .432.
+    assert table_row(page, "tffd", LAST)[6:] == ["`plain`", "+1.00", "+0.57 to +1.43", "70.62, +1.56 [1]"]
+    assert table_row(page, "noisy", LAST)[7:9] == ["+0.00", "-0.43 to +0.43"]
     # median of 100, 1000 and 1000 over that of 80, 800 and 800
     assert table_row(page, "tffd", "Cost")[1:] == ["800", "1.25 (1.25 to 1.25)"]
     assert table_row(page, "tffd", "Gradient shares")[1:] == ["intra", "3", "5", "5"]
@@ -104,8 +132,10 @@ def test_the_sentences_say_what_is_significant_and_what_is_not(tmp_path: Path) -
     assert "Better than the twin, the whole interval above zero: `tffd` (+1.00)." in page
     assert "Worse than the twin, the whole interval below zero: `worse` (-1.00)." in page
     assert "Not significant, zero lies in the interval: `noisy` (+0.00)." in page
-    assert "There are 3 of them, not corrected for their number" in page
-    assert "with 3 pairs the half-width is 2.5 standard deviations" in page
+    assert "(all recipes are taken to scatter alike): 0.22 with 6 degrees of freedom (`plain` and its rows)." in page
+    # 3 intervals, each at 1 - 0.05 / 3: t 3.29 with 6 degrees, half-width 0.58
+    assert "Without any effect each of the 3 excludes zero in 1 of 20 studies" in page
+    assert "widened for their number (Bonferroni), `tffd` and `worse` still do." in page
     assert "`worse` (data.padding_mode: zeros there, reflect here)" in page
     assert "Not measured: `plain`, `worse` and `noisy`." in page
     assert "the 10,000 images of split `test` of uoft-cs/cifar100" in page
@@ -148,14 +178,14 @@ def test_the_index_counts_what_excludes_zero_and_links_to_every_page(tmp_path: P
     assert "2 of those exclude zero: `tffd` (+1.00, n = 3) and `worse` (-1.00, n = 3)." in index
     row = next(line for line in index.splitlines() if line.startswith("| [trial](trial/README.md)"))
     assert "12 of 2 epochs, test images" in row
-    assert "canonical +1.00 (n = 3, +0.75 to +1.25)" in row
+    assert "canonical +1.00 (n = 3, +0.57 to +1.43)" in row
     assert "unrun" not in index
 
 
 def test_the_index_tells_rows_of_one_description_apart_by_their_names(tmp_path: Path) -> None:
     rows = [replace(row, what="and Tf-FD" if row.name in ("tffd", "noisy") else row.what) for row in STUDY.rows]
     index = index_text([replace(STUDY, rows=tuple(rows))], collect_all(tmp_path), tmp_path)
-    assert "`tffd` +1.00 (n = 3, +0.75 to +1.25); with another padding -1.00 (n" in index
+    assert "`tffd` +1.00 (n = 3, +0.57 to +1.43); with another padding -1.00 (n" in index
     assert "; `noisy` +0.00 (n" in index
 
 

@@ -41,8 +41,7 @@ BASE = 69.06
 TFFD = Published(70.62, POSTER, base=BASE)
 
 TOO_SHORT = (
-    "With two pairs an interval is nine standard deviations wide to each side. Nothing here repeats the gain that was "
-    "published for 240 epochs, and nothing refutes it: 15 epochs are too few for that."
+    "Nothing here repeats the gain that was published for 240 epochs, and nothing refutes it: 15 epochs are too few."
 )
 SCREENED = (
     "Two epochs, and most recipes once: a single difference of less than some three points shows nothing. They reward "

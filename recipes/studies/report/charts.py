@@ -40,7 +40,7 @@ def draw_gains(gains: Sequence[Gain], over: str) -> Figure:
     axes = figure.subplots()
     left, right = _limits(gains)
     for position, gain in enumerate(gains):
-        known = gain.mean.half_width is not None
+        known = gain.mean.error is not None
         if known:
             ends = max(gain.mean.low, left), min(gain.mean.high, right)
             axes.plot(ends, (position, position), color=COLOURS[0], linewidth=2, solid_capstyle="butt", zorder=2)
@@ -92,7 +92,7 @@ def _limits(gains: Sequence[Gain]) -> tuple[float, float]:
     """Ends of the forest plot: room for zero, every run, every published gain, and every interval of like size."""
     points = [0.0, *(value for gain in gains for value in (*gain.differences, gain.published or 0.0))]
     far = 3 * max(map(abs, points))
-    ends = [end for gain in gains if gain.mean.half_width is not None for end in (gain.mean.low, gain.mean.high)]
+    ends = [end for gain in gains if gain.mean.error is not None for end in (gain.mean.low, gain.mean.high)]
     points += [end for end in ends if abs(end) <= far]
     margin = 0.08 * (max(points) - min(points)) or 1.0
     return min(points) - margin, max(points) + margin
@@ -105,7 +105,7 @@ def _gain_legend(gains: Sequence[Gain]) -> list[Any]:
     def mark(marker: str, colour: str, label: str, face: str | None = None, line: str = "") -> Line2D:
         return Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle=line, label=label)
 
-    known = [gain.mean for gain in gains if gain.mean.half_width is not None]
+    known = [gain.mean for gain in gains if gain.mean.error is not None]
     left, right = _limits(gains)
     marks = []
     if known:

@@ -17,7 +17,7 @@ from tffd_zoo.run_record import RunRecord
 
 from .charts import Gain, draw_gains, draw_lengths
 from .records import read_records
-from .statistics import Estimate, estimate, interval_factor, paired_differences
+from .statistics import LEVEL, Estimate, Spread, estimate, estimate_gain, paired_differences, spread_of_runs
 from .study import Row, Study
 
 PAGE = "README.md"
@@ -138,6 +138,15 @@ class _Runs:
         assert row.twin is not None
         return [*paired_differences(self.values(row.name, figure), self.values(row.twin, figure)).values()]
 
+    def spread(self, twin: str, figure: Figure) -> Spread | None:
+        """How far runs lie apart by chance, of a twin and all rows that are compared with it."""
+        names = [twin, *(row.name for row in self.compared if row.twin == twin)]
+        return spread_of_runs([self.values(name, figure) for name in names])
+
+    def gain(self, row: Row, figure: Figure) -> Estimate:
+        """The mean of those differences and its interval."""
+        return estimate_gain(self.difference(row, figure), self.spread(row.twin or "", figure))
+
 
 def _last(run: RunRecord) -> float:
     return run.last
@@ -193,7 +202,7 @@ def _table(runs: _Runs, figure: Figure) -> str:
         epochs = dict.fromkeys(f"{run.evaluations[-1]['epoch']:g}" for run in runs.by_name[row.name].values())
         cells = [f"`{row.name}`", row.what, _joined(epochs), str(value.n), f"{value.mean:.2f}", _sd(value)]
         if row in runs.compared:
-            gain = estimate(runs.difference(row, figure))
+            gain = runs.gain(row, figure)
             cells += [f"`{row.twin}`", _signed(gain.mean), _interval(gain)]
         elif runs.compared:
             cells += [NONE, NONE, NONE]
@@ -220,7 +229,7 @@ def _reading(runs: _Runs) -> str:
     if runs.compared:
         verdicts: dict[str, list[str]] = {}
         for row in runs.compared:
-            gain = estimate(runs.difference(row, _last))
+            gain = runs.gain(row, _last)
             verdicts.setdefault(gain.verdict, []).append(f"`{row.name}` ({_signed(gain.mean)})")
         parts.append(_verdict(runs, verdicts))
         if unequal := _unequal_settings(runs):
@@ -250,20 +259,34 @@ def _verdict(runs: _Runs, verdicts: Mapping[str, Sequence[str]]) -> str:
         sentences.append(
             f"For scale, runs that differ in nothing but the seed have a standard deviation of {_joined(by_seed)}."
         )
-    sizes = [estimate(runs.difference(row, _last)).n for row in runs.compared]
-    intervals = sum(n > 1 for n in sizes)
-    if intervals:
-        fewest = min(n for n in sizes if n > 1)
-        sentences.append(
-            f"The intervals are Student's t for the mean of paired differences; with {fewest} pairs the half-width is "
-            f"{interval_factor(fewest):.1f} standard deviations of the differences."
-        )
-    if intervals > 1:
-        sentences.append(
-            f"There are {intervals} of them, not corrected for their number: without any effect each excludes zero in "
-            "1 of 20 studies."
-        )
+    sentences += _of_the_intervals(runs)
     return " ".join(sentences)
+
+
+def _of_the_intervals(runs: _Runs) -> list[str]:
+    """How the intervals came about, and what is left of them when they are held to be true all at once."""
+    with_interval = [row for row in runs.compared if runs.gain(row, _last).error]
+    if not with_interval:
+        return []
+    spreads = []
+    for twin in dict.fromkeys(row.twin or "" for row in with_interval):
+        spread = runs.spread(twin, _last)
+        assert spread is not None
+        freedom = "degree" if spread.degrees == 1 else "degrees"
+        spreads.append(f"{spread.sd:.2f} with {spread.degrees} {freedom} of freedom (`{twin}` and its rows)")
+    sentences = [
+        "The intervals are Student's t for the mean of paired differences, with one spread for all runs that share a "
+        "twin, what is left once the mean of each recipe and the effect of each seed are taken out (all recipes are "
+        f"taken to scatter alike): {_joined(spreads)}."
+    ]
+    if (count := len(with_interval)) > 1:
+        level = 1 - (1 - LEVEL) / count  # Bonferroni
+        left = [f"`{row.name}`" for row in with_interval if runs.gain(row, _last).excludes_zero(level)]
+        sentences.append(
+            f"Without any effect each of the {count} excludes zero in 1 of 20 studies; widened for their number "
+            f"(Bonferroni), {_joined(left) if left else 'none'} still {'do' if len(left) > 1 else 'does'}."
+        )
+    return sentences
 
 
 def _unequal_settings(runs: _Runs) -> str:
@@ -407,7 +430,7 @@ def _gains_figure(runs: _Runs) -> Any:
     for row in runs.compared:
         values = runs.difference(row, _last)
         label = row.name if len(twins) == 1 else f"{row.name} over {row.twin}"
-        gains.append(Gain(label, values, estimate(values), row.published.gain if row.published else None))
+        gains.append(Gain(label, values, runs.gain(row, _last), row.published.gain if row.published else None))
     return draw_gains(gains, over=str(*twins) if len(twins) == 1 else "the twin")
 
 
@@ -447,13 +470,13 @@ def _render_index(pages: Sequence[_Runs], results: Path) -> str:
         gains = []
         times = Counter(row.what for row in runs.compared)
         for row in runs.compared:
-            gain = estimate(runs.difference(row, _last))
-            spread = "" if gain.half_width is None else f" (n = {gain.n}, {_interval(gain)})"
+            gain = runs.gain(row, _last)
+            spread = "" if gain.error is None else f" (n = {gain.n}, {_interval(gain)})"
             which = row.what if times[row.what] == 1 else f"`{row.name}`"
             gains.append(f"{which} {_signed(gain.mean)}{spread}")
-            if gain.half_width is not None:
-                excludes = gain.verdict in ("above", "below")
-                certain[row.name] = f"`{row.name}` ({_signed(gain.mean)}, n = {gain.n})" if excludes else ""
+            if gain.error is not None:
+                told = f"`{row.name}` ({_signed(gain.mean)}, n = {gain.n})"
+                certain[row.name] = told if gain.excludes_zero() else ""
         link = f"[{runs.study.name}]({runs.study.name}/{PAGE})"
         rows.append([link, runs.study.question, _evaluated_briefly(runs), "; ".join(gains) or NONE])
     excluding = [*filter(None, certain.values())]
@@ -463,10 +486,10 @@ def _render_index(pages: Sequence[_Runs], results: Path) -> str:
         f"Made by `{COMMAND} STUDY --report` from the records in `records/`, one file a run, like every page that it "
         "links to.",
         markdown_table(["study", "question", "runs", "against the twin, points of top-1"], rows),
-        f"{len(certain)} rows have an interval (95 %, Student's t, paired by seed, not corrected for their number); "
-        f"{len(excluding)} of those exclude zero{': ' + _joined(excluding) if excluding else ''}. A difference without "
-        "an n is one pair of runs and shows nothing by itself. What else a reader has to know of the runs stands in "
-        "the notes of each page.",
+        f"{len(certain)} rows have an interval (95 %, Student's t, paired by seed, with one spread for all runs that "
+        f"share a twin, not corrected for their number); {len(excluding)} of those exclude zero"
+        f"{': ' + _joined(excluding) if excluding else ''}. A difference without an n is one pair of runs and shows "
+        "nothing by itself. What else a reader has to know of the runs stands in the notes of each page.",
         *([f"Other pages: {'; '.join(other)}."] if other else []),
     ]
     return "\n\n".join(text) + "\n"
@@ -490,7 +513,7 @@ def _sd(value: Estimate) -> str:
 
 
 def _interval(value: Estimate) -> str:
-    return "none, n = 1" if value.half_width is None else f"{_signed(value.low)} to {_signed(value.high)}"
+    return "none, n = 1" if value.error is None else f"{_signed(value.low)} to {_signed(value.high)}"
 
 
 def _joined(words: Iterable[str]) -> str:
