@@ -100,8 +100,7 @@ def test_two_recipes_have_the_interval_of_students_paired_t() -> None:
 
 def test_a_run_that_nothing_is_held_against_says_nothing_of_the_spread() -> None:
     pair = [{0: 1.0, 1: 2.0}, {0: 3.0, 1: 5.0}]
-    known = spread_of_runs(pair)
-    assert known == Spread(pytest.approx(0.5), 1)  # differences 2 and 3: sd sqrt(1/2), over sqrt(2)
+    assert spread_of_runs(pair) == Spread(pytest.approx(0.5), 1)  # differences 2 and 3: sd sqrt(1/2), over sqrt(2)
     assert spread_of_runs([*pair, {0: 9.0}]) == Spread(pytest.approx(0.5), 1)  # one run of a recipe
     assert spread_of_runs([{**pair[0], 2: 9.0}, pair[1]]) == Spread(pytest.approx(0.5), 1)  # the only run of a seed
     assert spread_of_runs([{0: 1.0}, {0: 3.0}]) is None
