@@ -138,7 +138,7 @@ def test_the_sentences_say_what_is_significant_and_what_is_not(tmp_path: Path) -
     assert "`worse` (data.padding_mode: zeros there, reflect here)" in page
     assert "Not measured: `plain`, `worse` and `noisy`." in page
     assert "the 10,000 images of split `test` of uoft-cs/cifar100" in page
-    assert "not run yet" not in page
+    assert "seeds not run yet" not in page
 
 
 def test_one_seed_gets_no_interval_and_no_claim(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_one_seed_gets_no_interval_and_no_claim(tmp_path: Path) -> None:
     assert table_row(page, "tffd", LAST)[3:9] == ["1", "61.00", "-", "`plain`", "+1.00", "none, n = 1"]
     assert "nothing can be said of significance: `tffd` (+1.00)" in page
     assert "Better than" not in page
-    assert "**not run yet**: `plain` seed 1, `plain` seed 2, `tffd` seed 1" in page
+    assert "**seeds not run yet**: `plain` 1 and 2; `tffd` 1 and 2; `worse`" in page
 
 
 def test_the_spread_over_seeds_is_the_scale_for_what_ran_once(tmp_path: Path) -> None:

@@ -396,19 +396,18 @@ def _conditions(runs: _Runs) -> str:
         ("commit", commit),
     ]
     lines = [f"{title}: {_by_recipe(runs, value)}" for title, value in about]
-    seeds = {row.name: [str(seed) for seed in runs.by_name[row.name]] for row in runs.rows}
-    same = len({tuple(each) for each in seeds.values()}) == 1
-    named = _joined(next(iter(seeds.values()))) if same else "; ".join(f"`{k}` {_joined(v)}" for k, v in seeds.items())
-    lines.append(f"seeds: {named}")
-    missing = [
-        f"`{row.name}` seed {seed}"
-        for row in runs.study.rows
-        for seed in row.seeds or runs.study.seeds
-        if seed not in runs.by_name[row.name]
-    ]
-    if missing:
-        lines.append(f"**not run yet**: {_joined(missing)}")
+    seeds = {row.name: [*runs.by_name[row.name]] for row in runs.rows}
+    same = len(set(map(tuple, seeds.values()))) == 1
+    lines.append(f"seeds: {_joined(map(str, next(iter(seeds.values())))) if same else _seeds(seeds)}")
+    wanted = {row.name: row.seeds or runs.study.seeds for row in runs.study.rows}
+    missing = {name: [seed for seed in of_row if seed not in runs.by_name[name]] for name, of_row in wanted.items()}
+    if any(missing.values()):
+        lines.append(f"**seeds not run yet**: {_seeds(missing)}")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _seeds(by_recipe: Mapping[str, Sequence[int]]) -> str:
+    return "; ".join(f"`{name}` {_joined(map(str, seeds))}" for name, seeds in by_recipe.items() if seeds)
 
 
 def _by_recipe(runs: _Runs, value: Callable[[RunRecord], str]) -> str:
