@@ -105,9 +105,8 @@ def pad_crop_flip(images: Tensor, choices: CropsAndFlips, padding: int, padding_
     padded = F.pad(images, [padding] * 4, mode="constant" if padding_mode == "zeros" else padding_mode)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W), a view
     cropped = windows[torch.arange(len(images), device=device), :, choices.top.to(device), choices.left.to(device)]
-    flipped = (
-        choices.flip.nonzero().squeeze(1).to(device)
-    )  # counted where the choices are: a device would be waited for
+    # Counted where the choices are: a device would be waited for.
+    flipped = choices.flip.nonzero().squeeze(1).to(device)
     return cropped.index_copy_(0, flipped, cropped.index_select(0, flipped).flip(3))
 
 
