@@ -49,18 +49,45 @@ def test_every_link_of_a_page_leads_to_a_file() -> None:
                 assert (page.parent / link).exists(), f"{page}: {link}"
 
 
+AS_SHOWN = """
+import timm
+import torch
+
+import tffd_zoo
+from recipes.studies.compare import STUDIES
+from tffd_zoo.evaluation import FIGURES
+from tffd_zoo.known_data import DATASETS
+
+model = timm.create_model("tffd_resnet68", num_classes=10)
+config = tffd_zoo.TfFDConfig(salience="peak", intra_loss="l1", inter_loss="l1", warmup_fraction=0)
+task = tffd_zoo.TfFDTask(model, config)
+task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))["loss"].backward()
+print(sum(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters()))
+brier = FIGURES["brier"]
+print(brier.of_all(brier.of_images(torch.zeros(1, 2), torch.tensor([0]))))  # (1 - 1/2)^2 + (1/2)^2
+print(DATASETS["pets"].hub_id, *(row.name for row in STUDIES["depths"].rows))
+"""
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="git applies the diffs")
-def test_the_changes_that_contributing_shows_apply(tmp_path: Path) -> None:
+def test_the_changes_that_contributing_shows_apply_and_do_what_they_say(tmp_path: Path) -> None:
+    for package in ("tffd_zoo", "recipes"):
+        shutil.copytree(
+            ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("weights", "results", "__pycache__")
+        )
     diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
     assert len(diffs) == 6
     for diff in diffs:
-        for file in re.findall(r"^\+\+\+ b/(.*)$", diff, flags=re.MULTILINE):
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, tmp_path / file)
         applied = subprocess.run(
-            ["git", "apply", "--check", "--unidiff-zero", "-"], cwd=tmp_path, input=diff, text=True, capture_output=True
+            ["git", "apply", "--unidiff-zero", "-"], cwd=tmp_path, input=diff, text=True, capture_output=True
         )
         assert applied.returncode == 0, f"{applied.stderr}\n{diff}"
+
+    used = subprocess.run([sys.executable, "-c", AS_SHOWN], cwd=tmp_path, text=True, capture_output=True)
+    assert used.returncode == 0, used.stderr
+    parameters = 3 * 67 + 3 * 2 + 2  # convolutions with their norms, two shortcuts likewise, the head
+    rows = ["depths-20-plain", "depths-20", "depths-56-plain", "depths-56"]
+    assert used.stdout.split() == [str(parameters), "0.5", "timm/oxford-iiit-pet", *rows]
 
 
 def test_the_commands_that_the_readme_names_exist() -> None:

@@ -108,7 +108,13 @@ def ickd(student: Tensor, target: Tensor) -> Tensor:
     return error / (student.shape[0] * student.shape[1])
 
 
-FEATURE_LOSSES: dict[FeatureLoss, Callable[..., Tensor]] = {"l2": l2, "ab": ab, "at": at, "sp": sp, "ickd": ickd}
+FEATURE_LOSSES: dict[FeatureLoss, Callable[..., Tensor]] = {
+    "l2": l2,
+    "ab": ab,
+    "at": at,
+    "sp": sp,
+    "ickd": ickd,
+}
 
 # What each loss needs of two features that differ in shape.
 _SAME_SIZE = frozenset({"l2", "ab", "at"})
