@@ -80,10 +80,16 @@ def test_the_page_and_the_picture_come_from_the_record(tmp_path: Path) -> None:
     benchmark.main(BenchmarkConfig(output=tmp_path, report=True))
     page = (tmp_path / "README.md").read_text()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "| import" in line]
-    assert "Measured on a CPU, 2 thread(s), torch 2, timm 1, commit unknown: methods, steps, streaming." in page
-    assert "Measured on a CPU, 1 thread(s), torch 2, timm 1, commit unknown: importing." in page
+    assert "Measured on a CPU, 2 thread(s), torch 2, timm 1, at commit unknown (methods, steps, streaming)." in page
+    assert "Measured on a CPU, 1 thread(s), torch 2, timm 1, at commit unknown (importing)." in page
     assert cells[-1] == ["import", "40.0 ms", "39.0 to 41.0", "5", "<= 150", "yes"]
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_words_about_a_part_are_paragraphs_and_no_code() -> None:
+    page = (benchmark.RESULTS / "README.md").read_text()
+    assert "\n\nBeside it what memory allows" in page
+    assert "\n    " not in page
 
 
 def test_a_part_that_does_not_exist_is_refused_and_so_is_a_report_on_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ teacher 3.2-5.2 times plain) is the part `methods`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import statistics
 import subprocess
@@ -49,6 +50,7 @@ from tffd_zoo.training.build import compile_step, image_spec, make_loaders, make
 from tffd_zoo.training.run_folder import environment
 
 from .. import train_imagenet
+from .report.records import commit_of
 from .report.study import taught_by
 from .studies import NEIGHBOURS, PLUS, SHORT
 from .timing import Row, Step, compare, interleave, peak_memory, summary
@@ -537,25 +539,29 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 def page(record: dict[str, Any]) -> str:
     """The Markdown page of the measured rows."""
-    parts: dict[str, list[str]] = {}
+    parts: dict[str, dict[str, list[str]]] = {}  # by machine and commit
     for part, about in record["measured"].items():
-        conditions = (
+        machine = (
             f"{about['hardware']}, {about['threads']} thread(s), torch {about['packages']['torch']}, timm "
-            f"{about['packages']['timm']}, commit {about['commit'] or 'unknown'}"
+            f"{about['packages']['timm']}"
         )
-        parts.setdefault(conditions, []).append(part)
+        parts.setdefault(machine, {}).setdefault(commit_of(about), []).append(part)
+    measured = {
+        machine: [f"{commit} ({', '.join(names)})" for commit, names in commits.items()]
+        for machine, commits in parts.items()
+    }
     text = [
         "# What Tf-FD costs",
         "Made by `python -m recipes.studies.benchmark` from `benchmark.json`. Each figure is the median of paired "
         "ratios, with the quartiles in brackets; both of a pair ran in turn in one process.",
-        *(f"Measured on {conditions}: {', '.join(names)}." for conditions, names in parts.items()),
+        *(f"Measured on {machine}, at commit {'; '.join(commits)}." for machine, commits in measured.items()),
         "![Training time of the methods relative to plain training](methods.png)",
     ]
     for part, function in PARTS.items():
         rows = [Row(**row) for row in record["rows"] if row["part"] == part]
         if rows:
             header = ["what", "median", "quartiles", "n", "target", "met"]
-            text += [f"## {part}", (function.__doc__ or "").strip(), markdown_table(header, list(map(_cells, rows)))]
+            text += [f"## {part}", inspect.getdoc(function) or "", markdown_table(header, list(map(_cells, rows)))]
     return "\n\n".join(text) + "\n"
 
 

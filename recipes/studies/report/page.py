@@ -16,7 +16,7 @@ from tffd_zoo.recipe import differences
 from tffd_zoo.run_record import RunRecord
 
 from .charts import Gain, draw_gains, draw_lengths
-from .records import read_records
+from .records import commit_of, read_records
 from .statistics import LEVEL, Estimate, Spread, estimate, estimate_gain, paired_differences, spread_of_runs
 from .study import Row, Study
 
@@ -379,10 +379,6 @@ def _conditions(runs: _Runs) -> str:
             f"({optim['sched']}), weight decay {optim['weight_decay']:g}"
         )
 
-    def commit(run: RunRecord) -> str:
-        name, _, dirty = (run.environment["commit"] or "unknown").partition("-")
-        return f"{name[:10]}{' with changes' if dirty else ''}"
-
     about: list[tuple[str, Callable[[RunRecord], str]]] = [
         ("model", lambda run: str(run.recipe["model"])),
         ("optimisation", optimisation),
@@ -393,7 +389,7 @@ def _conditions(runs: _Runs) -> str:
         ),
         ("hardware", hardware),
         ("versions", versions),
-        ("commit", commit),
+        ("commit", lambda run: commit_of(run.environment)),
     ]
     lines = [f"{title}: {_by_recipe(runs, value)}" for title, value in about]
     seeds = {row.name: [*runs.by_name[row.name]] for row in runs.rows}

@@ -21,6 +21,12 @@ def record_file(recipe: Mapping[str, Any], records: Path) -> Path:
     return records / f"{recipe['name']}-s{recipe['run']['seed']}.json"
 
 
+def commit_of(environment: Mapping[str, Any]) -> str:
+    """The commit that a recorded environment names, as pages write it."""
+    commit, _, dirty = (environment["commit"] or "unknown").partition("-")
+    return f"{commit[:10]}{' with changes' if dirty else ''}"
+
+
 def read_record(file: Path) -> RunRecord:
     """The run that was collected in `file`.
 
