@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -596,6 +597,46 @@ def test_a_page_is_made_of_the_tables_alone(suite: Callable[..., Path]) -> None:
     assert "## Differences" in written
     (out / "pairs.csv").unlink()
     assert "## Differences" not in page(out)
+
+
+def table_of(text: str, first: str) -> list[list[str]]:
+    """The cells of the table whose first heading this is."""
+    lines = text[text.index(f"| {first}") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+def test_the_page_has_a_row_for_each_set_of_images_whose_figures_a_part_has(tmp_path: Path) -> None:
+    (tmp_path / "ood.csv").write_text(
+        "model,far_softmax_auroc,far_knn_auroc,far_off_softmax_auroc,neighbours,far_images,far_off_images\n"
+        "a,50.125,100,99.5,50,2000,9\n"
+        "b,7,,1.25,50,2000,9\n"
+    )
+    assert table_of(page(tmp_path), "model") == [
+        ["model", "unknown", "softmax_auroc", "knn_auroc", "images", "neighbours"],
+        ["a", "far", "50.12", "100", "2,000", "50"],
+        ["a", "far_off", "99.50", "", "9", "50"],
+        ["b", "far", "7.00", "", "2,000", "50"],
+        ["b", "far_off", "1.25", "", "9", "50"],
+    ]
+
+
+def test_the_page_gives_differences_to_two_digits_of_their_interval_pair_by_pair(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text(
+        "part,figure,model,against,value,value_against,difference,low,high,mcnemar_p\n"
+        "clean,top1,a,b,67.97,68.25,-0.28,-1.1,0.51,0.511084\n"
+        "clean,nll,a,b,1.11989,1.12367,-0.00378,-0.0247,0.01628,\n"
+        "clean,top1,c,b,50,62.4,-12.4,-24,-1,2.71e-05\n"
+        "clean,top1,mean of 2 pairs,,,,-6.39,-83.9,71.3,\n"
+    )
+    text = page(tmp_path)
+    assert re.findall("^### (.*)", text, flags=re.MULTILINE) == ["a minus b", "c minus b", "mean of 2 pairs"]
+    first, second, third = (table_of(block, "part")[1:] for block in text.split("### ")[1:])
+    assert first == [
+        ["clean", "top1", "67.97", "68.25", "-0.28", "-1.10", "0.51", "0.51"],
+        ["clean", "nll", "1.120", "1.124", "-0.004", "-0.025", "0.016", ""],
+    ]
+    assert second == [["clean", "top1", "50", "62", "-12", "-24", "-1", "2.7e-05"]]
+    assert third == [["clean", "top1", "", "", "-6", "-84", "71", ""]]
 
 
 ROOT = Path(__file__).parents[1]

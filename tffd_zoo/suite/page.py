@@ -27,6 +27,9 @@ class Section(NamedTuple):
     """Columns of the part's table that are shown, where it has them; the rest is in the CSV file."""
     text: str
     """What the figures are, and what they do not say."""
+    sets: tuple[str, str] | None = None
+    """Where a part has figures of several sets of images, named after them: what those are, and the end of a name that
+    every set has. Each set gets a row."""
 
 
 SECTIONS = (
@@ -79,6 +82,7 @@ SECTIONS = (
         "AUROC (50: chance) and FPR95, percent, for three scores: highest softmax probability, energy, distance to the "
         "50th nearest training feature. Below 50 the network is surer of the unknown images than of its own, as it can "
         "be of noise. A sample of ImageNet holds classes that CIFAR-100 has too, so no score can reach 100 there.",
+        sets=("unknown", "_softmax_auroc"),
     ),
     Section(
         "transfer",
@@ -87,12 +91,14 @@ SECTIONS = (
         "Frozen features on other labels: 20 nearest neighbours by cosine, a linear probe, and probes on 1, 5 and 10 "
         "images a class (means of 5 draws). Settings are scikit-learn's defaults; nothing was tuned, so better probes "
         "exist.",
+        sets=("labels", "_linear"),
     ),
     Section(
         "shifts",
         "Other test sets",
         (),
         "Top-1 on other images of the same classes, scored among the classes that each set has.",
+        sets=("set", "_top1"),
     ),
     Section(
         "cost",
@@ -109,7 +115,7 @@ PAIRS_TEXT = (
     "bootstrap over the images, and McNemar's exact p where the figure counts right images. An interval here speaks of "
     "other test images *for these very weights*: another seed of training can move a figure by more. And of so many "
     "intervals one in twenty lies beside zero by chance. `mce` is the error under corruptions in percent of the other "
-    "model's."
+    "model's. Rounded to two digits of the interval's half-width; the CSV has more."
 )
 
 
@@ -144,13 +150,16 @@ def page(folder: Path) -> str:
     for section in SECTIONS:
         rows = _read(folder / f"{section.part}.csv")
         if rows:
-            blocks += [f"## {section.title}", section.text, _table(rows, ("model", *section.columns))]
+            blocks += [f"## {section.title}", section.text, _table(_rows_of(section, rows))]
         if (folder / f"{section.part}.png").exists():
             blocks.append(f"![{section.title}]({section.part}.png)")
     pairs = _read(folder / PAIRS)
     if pairs:
         shown = [row for row in pairs if "." not in row["figure"] and not _is_one_kind(row)]
-        blocks += ["## Differences", PAIRS_TEXT, _table(shown, tuple(shown[0]))]
+        blocks += ["## Differences", PAIRS_TEXT]
+        for model, against in dict.fromkeys((row["model"], row["against"]) for row in shown):
+            of_pair = [row for row in shown if (row["model"], row["against"]) == (model, against)]
+            blocks += [f"### {f'{model} minus {against}' if against else model}", _differences(of_pair)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -165,16 +174,62 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    always = (*columns, "left_out_images")
-    wanted = [name for name in rows[0] if name in always] if len(columns) > 1 else list(rows[0])
-    return markdown_table(wanted, [[_short(row[name]) for name in wanted] for row in rows])
+def _rows_of(section: Section, rows: Sequence[Row]) -> list[Row]:
+    """What the page shows of a part: the columns that it names, or all; where it has sets, a row for each."""
+    wanted = ("model", *section.columns, "left_out_images") if section.columns else tuple(rows[0])
+    shown: list[Row] = [{name: cell for name, cell in row.items() if name in wanted} for row in rows]
+    if section.sets is None:
+        return shown
+    called, mark = section.sets
+    sets = [name.removesuffix(mark) for name in shown[0] if name.endswith(mark)]
+    # A column belongs to the set with the longest name that it begins with; one that belongs to none is every row's.
+    owner = {
+        name: max((each for each in sets if name.startswith(f"{each}_")), key=len, default="") for name in shown[0]
+    }
+    of_sets = dict.fromkeys(name.removeprefix(f"{each}_") for name, each in owner.items() if each)
+    return [
+        {"model": row["model"], called: each}
+        | {name: row.get(f"{each}_{name}", "") for name in of_sets}
+        | {name: cell for name, cell in row.items() if not owner[name]}
+        for row in shown
+        for each in sets
+    ]
 
 
-def _short(cell: str) -> str:
-    """A figure to four digits, anything else as it is."""
-    try:
-        value = float(cell)
-    except ValueError:
-        return cell
-    return cell if value.is_integer() else f"{value:.4g}"
+def _table(rows: Sequence[Row]) -> str:
+    columns = [[name, *_column([row[name] for row in rows])] for name in rows[0]]
+    header, *body = zip(*columns, strict=True)
+    return markdown_table(header, body)
+
+
+def _column(cells: Sequence[str]) -> list[str]:
+    """The cells, figures with one number of digits: four of the largest, if they were kept; counts and words as are."""
+    figures = [cell for cell in cells if isinstance(_value(cell), float)]
+    if not figures:
+        return [f"{value:,}" if isinstance(value := _value(cell), int) else cell for cell in cells]
+    largest = max(abs(float(cell)) for cell in figures)
+    wanted = max(0, 4 - math.ceil(math.log10(largest))) if largest else 0
+    digits = min(wanted, max(len(cell.partition(".")[2]) for cell in figures))
+    return [cell if (value := _number(cell)) is None else _fixed(value, digits) for cell in cells]
+
+
+def _differences(rows: Sequence[Row]) -> str:
+    """The figures of a pair, each to two digits of the half-width of its interval."""
+    header = ["part", "figure", "value", "value_against", "difference", "low", "high", "mcnemar_p"]
+    body = []
+    for row in rows:
+        low, high, p = (_number(row[name]) for name in ("low", "high", "mcnemar_p"))
+        half = 0.0 if low is None or high is None else (high - low) / 2
+        digits = max(0, 1 - math.floor(math.log10(half))) if half else 2
+        figures = [_fixed(_number(row[name]), digits) for name in header[2:-1]]
+        body.append([row["part"], row["figure"], *figures, "" if p is None else f"{p:.2g}"])
+    return markdown_table(header, body)
+
+
+def _number(cell: str) -> float | None:
+    value = _value(cell)
+    return None if isinstance(value, str) else value
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
