@@ -177,5 +177,5 @@ def test_what_cannot_be_seen_is_refused_by_name(exports: tuple[str, str], tmp_pa
         look_inside(InspectConfig(exports[0], data="digits", against=exports[0]))
     with pytest.raises(ValueError, match="did you mean"):
         look_inside(InspectConfig("tffd_resnet21", data="digits"))
-    with pytest.raises(ValueError, match="count from 1"):
+    with pytest.raises(ValueError, match="--images 0 is out of range; choose 1 or more"):
         look_inside(InspectConfig(exports[0], data="digits", images=0))

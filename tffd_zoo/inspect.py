@@ -31,7 +31,7 @@ from .loading import check_model_name, load_model
 from .losses import pair_channels
 from .markdown import markdown_table
 from .pictures import COLOURS, NEUTRAL, house_style, save_png
-from .ranges import COUNT, NOT_NEGATIVE, PART_INSIDE, Range
+from .ranges import COUNT, NOT_NEGATIVE, PART_INSIDE, Range, check_ranges
 from .salience import SalienceMetric, stage_salience
 from .stages import Stages, find_stages, stage_norms
 
@@ -314,8 +314,7 @@ def look_inside(config: InspectConfig) -> Look:
     Raises:
         ValueError, OSError: a model, the image or the data cannot be used.
     """
-    if config.images < 1 or config.maps < 1:
-        raise ValueError("--images and --maps count from 1 on")
+    check_ranges(config)
     if config.against == config.model:
         raise ValueError(f"--against names the same model, {config.model}; give another one")
     names = [config.model, *([config.against] if config.against else [])]
