@@ -620,6 +620,11 @@ def test_the_page_has_a_row_for_each_set_of_images_whose_figures_a_part_has(tmp_
     ]
 
 
+def test_the_page_shows_a_part_whose_sets_could_not_be_had(tmp_path: Path) -> None:
+    (tmp_path / "ood.csv").write_text("model,neighbours\na,50\n")
+    assert table_of(page(tmp_path), "model") == [["model", "neighbours"], ["a", "50"]]
+
+
 def test_the_page_gives_differences_to_two_digits_of_their_interval_pair_by_pair(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text(
         "part,figure,model,against,value,value_against,difference,low,high,mcnemar_p\n"

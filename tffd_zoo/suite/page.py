@@ -178,10 +178,10 @@ def _rows_of(section: Section, rows: Sequence[Row]) -> list[Row]:
     """What the page shows of a part: the columns that it names, or all; where it has sets, a row for each."""
     wanted = ("model", *section.columns, "left_out_images") if section.columns else tuple(rows[0])
     shown: list[Row] = [{name: cell for name, cell in row.items() if name in wanted} for row in rows]
-    if section.sets is None:
+    called, mark = section.sets or ("", "")
+    sets = [name.removesuffix(mark) for name in shown[0] if mark and name.endswith(mark)]
+    if not sets:
         return shown
-    called, mark = section.sets
-    sets = [name.removesuffix(mark) for name in shown[0] if name.endswith(mark)]
     # A column belongs to the set with the longest name that it begins with; one that belongs to none is every row's.
     owner = {
         name: max((each for each in sets if name.startswith(f"{each}_")), key=len, default="") for name in shown[0]
