@@ -253,13 +253,14 @@ def _verdict(runs: _Runs, verdicts: Mapping[str, Sequence[str]]) -> str:
         "unknown": "One pair of runs, so no interval, and nothing can be said of significance: {}.",
     }
     sentences = [text.format(_joined(verdicts[verdict])) for verdict, text in meanings.items() if verdict in verdicts]
+    if intervals := _of_the_intervals(runs):
+        return " ".join([*sentences, *intervals])
     repeated = {row.name: estimate([*runs.values(row.name, _last).values()]) for row in runs.rows}
     by_seed = [f"{value.sd:.2f} (`{name}`, n = {value.n})" for name, value in repeated.items() if value.sd is not None]
-    if "unknown" in verdicts and by_seed:
+    if by_seed:
         sentences.append(
             f"For scale, runs that differ in nothing but the seed have a standard deviation of {_joined(by_seed)}."
         )
-    sentences += _of_the_intervals(runs)
     return " ".join(sentences)
 
 
