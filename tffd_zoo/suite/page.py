@@ -153,13 +153,15 @@ def page(folder: Path) -> str:
             blocks += [f"## {section.title}", section.text, _table(_rows_of(section, rows))]
         if (folder / f"{section.part}.png").exists():
             blocks.append(f"![{section.title}]({section.part}.png)")
-    pairs = _read(folder / PAIRS)
-    if pairs:
-        shown = [row for row in pairs if "." not in row["figure"] and not _is_one_kind(row)]
+    by_pair: dict[str, list[Row]] = {}
+    for row in _read(folder / PAIRS):
+        if "." not in row["figure"] and not _is_one_kind(row):
+            title = f"{row['model']} minus {row['against']}" if row["against"] else row["model"]
+            by_pair.setdefault(title, []).append(row)
+    if by_pair:
         blocks += ["## Differences", PAIRS_TEXT]
-        for model, against in dict.fromkeys((row["model"], row["against"]) for row in shown):
-            of_pair = [row for row in shown if (row["model"], row["against"]) == (model, against)]
-            blocks += [f"### {f'{model} minus {against}' if against else model}", _differences(of_pair)]
+        for title, rows_of_pair in by_pair.items():
+            blocks += [f"### {title}", _differences(rows_of_pair)]
     return "\n\n".join(blocks) + "\n"
 
 

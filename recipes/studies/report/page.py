@@ -396,7 +396,7 @@ def _conditions(runs: _Runs) -> str:
     seeds = {row.name: [*runs.by_name[row.name]] for row in runs.rows}
     same = len(set(map(tuple, seeds.values()))) == 1
     lines.append(f"seeds: {_joined(map(str, next(iter(seeds.values())))) if same else _seeds(seeds)}")
-    wanted = {row.name: row.seeds or runs.study.seeds for row in runs.study.rows}
+    wanted = {row.name: runs.study.seeds_of(row) for row in runs.study.rows}
     missing = {name: [seed for seed in of_row if seed not in runs.by_name[name]] for name, of_row in wanted.items()}
     if any(missing.values()):
         lines.append(f"**seeds not run yet**: {_seeds(missing)}")
