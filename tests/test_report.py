@@ -173,19 +173,26 @@ def test_a_moving_average_of_the_weights_has_a_table_of_its_own(tmp_path: Path) 
 def test_the_index_counts_what_excludes_zero_and_links_to_every_page(tmp_path: Path) -> None:
     other = Study("unrun", "what else?", PLAIN, (Row("elsewhere", "never run"),))
     index = index_text([STUDY, other], collect_all(tmp_path), tmp_path)
-    assert "3 rows have an interval" in index
-    assert "2 of those exclude zero: `tffd` (+1.00, n = 3) and `worse` (-1.00, n = 3)." in index
     row = next(line for line in index.splitlines() if line.startswith("| [trial](trial/README.md)"))
-    assert "12 of 2 epochs, test images" in row
-    assert "canonical +1.00 (n = 3, +0.57 to +1.43)" in row
+    assert [cell.strip() for cell in row.strip("|").split("|")][2:] == ["12 of 2 epochs, test images", *"1110"]
+    assert "3 have an interval" in index
+    assert "2 of those exclude zero: `tffd` (+1.00, n = 3) and `worse` (-1.00, n = 3)." in index
     assert "unrun" not in index
+    assert "Does Tf-FD help?" not in index
 
 
-def test_the_index_tells_rows_of_one_description_apart_by_their_names(tmp_path: Path) -> None:
-    rows = [replace(row, what="and Tf-FD" if row.name in ("tffd", "noisy") else row.what) for row in STUDY.rows]
-    index = index_text([replace(STUDY, rows=tuple(rows))], collect_all(tmp_path), tmp_path)
-    assert "`tffd` +1.00 (n = 3, +0.57 to +1.43); with another padding -1.00 (n" in index
-    assert "; `noisy` +0.00 (n" in index
+def test_the_index_opens_with_what_the_deciding_studies_say_of_tffd(tmp_path: Path) -> None:
+    study = replace(STUDY, decides=True)
+    index = index_text([study], collect_all(tmp_path / "all"), tmp_path)
+    assert "of 2 epochs and more, `tffd` (+1.00) is shown to be better than plain training." in index
+    assert "3 settings of Tf-FD ran with 3 seeds: 1 shown to be better than the twin, 1 shown to be worse, 1 u" in index
+    assert "The intervals (95 %) reach from -1.43 to +1.43 points" in index  # -1 and +1 by .432
+    assert "(trial/gains.png)" in index
+
+    once = index_text([study], collect_all(tmp_path / "once", seeds=1), tmp_path)
+    assert "no setting of Tf-FD is shown to be better than plain training." in once
+    assert "shows nothing by itself: `tffd` (+1.00), `worse` (-1.00) and `noisy` (+0.40)." in once
+    assert "The intervals (95 %) reach" not in once
 
 
 def test_held_out_images_are_not_called_the_test_set(tmp_path: Path) -> None:

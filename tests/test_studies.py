@@ -157,6 +157,12 @@ def test_the_page_over_all_studies_is_made_of_their_records() -> None:
     assert RECIPES.keys() >= RECORDED
 
 
+@pytest.mark.parametrize("page", ["README.md", "MODEL_CARD.md"])
+def test_what_we_say_of_tffd_is_what_the_page_over_all_studies_says(page: str) -> None:
+    answer = (RESULTS / "README.md").read_text().split("## Does Tf-FD help?\n\n")[1].splitlines()[0]
+    assert answer.strip(".") in " ".join((ROOT / page).read_text().split())
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 

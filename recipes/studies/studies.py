@@ -476,6 +476,7 @@ TFFD20 = Study(
         "The moving average is a thousand steps behind, three epochs of these fifteen, and so it is the worse network "
         "when the learning rate falls to zero (second table): a teacher that holds its student back."
     ),
+    decides=True,
 )
 TFFD18 = Study(
     "tffd18",
@@ -490,6 +491,7 @@ TFFD18 = Study(
     ),
     settings_on("tffd18"),
     seeds=(0, 1, 2),
+    decides=True,
 )
 
 # --- does bf16 cost accuracy? -----------------------------------------------------------------------------------------
@@ -541,6 +543,7 @@ LENGTHS = Study(
         *pair("resnet20", 60, (0,)),
         *RESNET20,
     ),
+    decides=True,
 )
 STUDENTS = Study(
     "students",
@@ -555,6 +558,7 @@ STUDENTS = Study(
         *pair("resnet8x4", 80, (0,), Published(72.50, CRD), Published(73.62, POSTER, 72.50)),
         *pair("resnet56", 80, (0,), Published(72.63, PUBLIC_ZOO)),
     ),
+    decides=True,
 )
 
 # --- fine-tuning ------------------------------------------------------------------------------------------------------

@@ -463,32 +463,81 @@ def _render_index(pages: Sequence[_Runs], results: Path) -> str:
     rows = []
     certain: dict[str, str] = {}  # of every row with an interval, its difference where zero is not in it
     for runs in pages:
-        gains = []
-        times = Counter(row.what for row in runs.compared)
-        for row in runs.compared:
-            gain = runs.gain(row, _last)
-            spread = "" if gain.error is None else f" (n = {gain.n}, {_interval(gain)})"
-            which = row.what if times[row.what] == 1 else f"`{row.name}`"
-            gains.append(f"{which} {_signed(gain.mean)}{spread}")
+        gains = {row.name: runs.gain(row, _last) for row in runs.compared}
+        verdicts = Counter(gain.verdict for gain in gains.values())
+        for name, gain in gains.items():
             if gain.error is not None:
-                told = f"`{row.name}` ({_signed(gain.mean)}, n = {gain.n})"
-                certain[row.name] = told if gain.excludes_zero() else ""
+                told = f"`{name}` ({_signed(gain.mean)}, n = {gain.n})"
+                certain[name] = told if gain.excludes_zero() else ""
         link = f"[{runs.study.name}]({runs.study.name}/{PAGE})"
-        rows.append([link, runs.study.question, _evaluated_briefly(runs), "; ".join(gains) or NONE])
+        counts = [str(verdicts[verdict]) for verdict in ("above", "below", "neither", "unknown")]
+        rows.append([link, runs.study.question, _evaluated_briefly(runs), *counts])
     excluding = [*filter(None, certain.values())]
     other = [f"[{what}]({page})" for page, what in OTHER_PAGES.items() if (results / page).exists()]
+    deciding = [runs for runs in pages if runs.study.decides]
+    header = ["study", "question", "runs", "better", "worse", "undecided", "one pair"]
     text = [
         "# What the runs show",
         f"Made by `{COMMAND} STUDY --report` from the records in `records/`, one file a run, like every page that it "
         "links to.",
-        markdown_table(["study", "question", "runs", "against the twin, points of top-1"], rows),
-        f"{len(certain)} rows have an interval (95 %, Student's t, paired by seed, with one spread for all runs that "
+        *([f"## Does Tf-FD help?\n\n{_answer(deciding)}"] if deciding else []),
+        *map(_answer_of, deciding),
+        "## All comparisons",
+        markdown_table(header, rows),
+        "Recipes by what their difference to the twin in top-1 of the last epoch shows: its whole interval above zero, "
+        "below zero, zero within, or no interval, for one pair of runs shows nothing by itself. "
+        f"{len(certain)} have an interval (95 %, Student's t, paired by seed, with one spread for all runs that "
         f"share a twin, not corrected for their number); {len(excluding)} of those exclude zero"
-        f"{': ' + _joined(excluding) if excluding else ''}. A difference without an n is one pair of runs and shows "
-        "nothing by itself. What else a reader has to know of the runs stands in the notes of each page.",
+        f"{': ' + _joined(excluding) if excluding else ''}. What else a reader has to know of the runs stands in the "
+        "notes of each page.",
         *([f"Other pages: {'; '.join(other)}."] if other else []),
     ]
     return "\n\n".join(text) + "\n"
+
+
+def _tffd_gains(runs: _Runs) -> list[tuple[Row, Estimate]]:
+    """Of every setting of Tf-FD its gain over training without."""
+    return [(row, runs.gain(row, _last)) for row in runs.compared if runs.study.recipe(row.name).tffd]
+
+
+def _answer(deciding: Sequence[_Runs]) -> str:
+    """What the studies that ask it say of Tf-FD, in a sentence."""
+    shortest = min(run.recipe["optim"]["epochs"] for runs in deciding for run in runs.all)
+    better = [
+        f"`{row.name}` ({_signed(gain.mean)})"
+        for runs in deciding
+        for row, gain in _tffd_gains(runs)
+        if gain.verdict == "above"
+    ]
+    shown = f"{_joined(better)} {'are' if len(better) > 1 else 'is'}" if better else "no setting of Tf-FD is"
+    return (
+        f"In our paired runs (one recipe, the same seeds) of {shortest} epochs and more, {shown} shown to be better "
+        "than plain training."
+    )
+
+
+def _answer_of(runs: _Runs) -> str:
+    """What one study says of Tf-FD, and its picture."""
+    study = runs.study
+    gains = _tffd_gains(runs)
+    known = [gain for _, gain in gains if gain.error is not None]
+    single = [f"`{row.name}` ({_signed(gain.mean)})" for row, gain in gains if gain.error is None]
+    epochs = sorted({run.recipe["optim"]["epochs"] for run in runs.all})
+    parts = [_evaluated_on(runs), f"Runs have {_joined(map(str, epochs))} epochs."]
+    if known:
+        verdicts = Counter(gain.verdict for gain in known)
+        seeds = _joined(map(str, sorted({gain.n for gain in known})))
+        parts.append(
+            f"{len(known)} settings of Tf-FD ran with {seeds} seeds: {verdicts['above']} shown to be better than the "
+            f"twin, {verdicts['below']} shown to be worse, {verdicts['neither']} undecided. The intervals "
+            f"(95 %) reach from {_signed(min(gain.low for gain in known))} to "
+            f"{_signed(max(gain.high for gain in known))} points: an effect beyond is not to be expected, one within "
+            "may exist."
+        )
+    if single:
+        parts.append(f"One pair of runs each, which shows nothing by itself: {_joined(single)}.")
+    picture = f"![Gain of every recipe over its twin]({study.name}/{PICTURE})"
+    return f"### [{study.name}]({study.name}/{PAGE}): {study.question}\n\n{' '.join(parts)}\n\n{picture}"
 
 
 def _evaluated_briefly(runs: _Runs) -> str:

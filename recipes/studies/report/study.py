@@ -58,6 +58,8 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     note: str = ""
     """What a reader has to know of the runs, in Markdown."""
+    decides: bool = False
+    """Whether it is long and broad enough to say what Tf-FD gives: the page over all studies opens with these."""
 
     def __post_init__(self) -> None:
         known: list[str] = []
