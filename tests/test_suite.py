@@ -586,7 +586,30 @@ def test_parts_become_tables_and_differences(suite: Callable[..., Path], capsys:
     pairs = {row["figure"]: row for row in read_csv(out / "pairs.csv") if row["part"] == "clean"}
     assert float(pairs["top1"]["difference"]) == 0
     assert float(pairs["nll"]["high"]) < 0  # good is surer, and right
-    assert "| good" in capsys.readouterr().out
+    said, written = capsys.readouterr().out, (out / "README.md").read_text()
+    shown = [line for line in said.splitlines() if line.startswith("| ")]
+    assert shown == [line for line in written.splitlines() if line.startswith("| ")]  # the page's tables
+    assert shown[2].split()[1:4] == ["good", "|", "100"]
+    assert "Accuracy\n\n| model" in said
+    assert "good minus plain\n\n| part" in said
+
+
+def test_differences_of_an_earlier_run_do_not_stay(
+    suite: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (suite("clean", against=("plain",)) / "pairs.csv").exists()
+    capsys.readouterr()
+    assert not (suite("clean") / "pairs.csv").exists()
+    assert "minus" not in capsys.readouterr().out
+
+
+def test_a_terminal_shows_the_parts_that_ran_and_no_earlier_ones(
+    suite: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite("calibration")
+    capsys.readouterr()
+    assert "## Calibration" in (suite("clean") / "README.md").read_text()
+    assert "Calibration" not in capsys.readouterr().out
 
 
 def test_a_page_is_made_of_the_tables_alone(suite: Callable[..., Path]) -> None:

@@ -286,7 +286,6 @@ PART = Part(
     measure,
     figures,
     depends=("corruption_images", "corruptions", "frost", "suite_seed"),
-    shown=("mean", "extra_mean", "corrupted_images"),
     draw=draw,
     relative=mce,
 )

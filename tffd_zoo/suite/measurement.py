@@ -72,8 +72,6 @@ class Part:
     """From the values of images to figures; percent where the name does not say otherwise."""
     depends: tuple[str, ...] = ()
     """The settings of `SuiteConfig` that change what is measured."""
-    shown: tuple[str, ...] = ()
-    """Figures and facts for the printed table; all of them when empty."""
     draw: Callable[[Mapping[str, Figures]], Figure] | None = None
     """A picture of the figures of all models."""
     relative: Callable[[Figures, Figures], Figures] = lambda ours, theirs: {}

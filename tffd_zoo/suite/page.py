@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,21 +148,37 @@ def page(folder: Path) -> str:
     """The page as Markdown."""
     blocks = ["# Evaluation suite", "Made by `python -m tffd_zoo.eval ... --suite`, from the CSV files beside it."]
     for section in SECTIONS:
-        rows = _read(folder / f"{section.part}.csv")
-        if rows:
-            blocks += [f"## {section.title}", section.text, _table(_rows_of(section, rows))]
+        if table := _section_table(section, folder):
+            blocks += [f"## {section.title}", section.text, table]
         if (folder / f"{section.part}.png").exists():
             blocks.append(f"![{section.title}]({section.part}.png)")
+    if pairs := _pair_tables(folder):
+        blocks += ["## Differences", PAIRS_TEXT]
+        for title, table in pairs.items():
+            blocks += [f"### {title}", table]
+    return "\n\n".join(blocks) + "\n"
+
+
+def page_tables(folder: Path, parts: Collection[str]) -> str:
+    """The page's tables of some parts and of all pairs, each below its title: what a terminal has room for."""
+    titled = {section.title: _section_table(section, folder) for section in SECTIONS if section.part in parts}
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in (titled | _pair_tables(folder)).items() if table)
+
+
+def _section_table(section: Section, folder: Path) -> str:
+    """The table of a part; empty where none of its sets could be had."""
+    rows = _read(folder / f"{section.part}.csv")
+    return _table(_rows_of(section, rows)) if rows else ""
+
+
+def _pair_tables(folder: Path) -> dict[str, str]:
+    """The differences of every pair, by its title."""
     by_pair: dict[str, list[Row]] = {}
     for row in _read(folder / PAIRS):
         if "." not in row["figure"] and not _is_one_kind(row):
             title = f"{row['model']} minus {row['against']}" if row["against"] else row["model"]
             by_pair.setdefault(title, []).append(row)
-    if by_pair:
-        blocks += ["## Differences", PAIRS_TEXT]
-        for title, rows_of_pair in by_pair.items():
-            blocks += [f"### {title}", _differences(rows_of_pair)]
-    return "\n\n".join(blocks) + "\n"
+    return {title: _differences(rows) for title, rows in by_pair.items()}
 
 
 def _is_one_kind(row: Row) -> bool:

@@ -24,12 +24,11 @@ from ..cli import USER_ERRORS
 from ..data import ImageSource
 from ..json_files import read_json
 from ..loading import check_model_name, left_out
-from ..markdown import markdown_table
 from ..models import known_release, plain_twin_name
 from ..pictures import house_style, save_png
 from . import calibration, clean, corrupted, cost, duplicates, ood, shifts, transfer
 from .measurement import Figures, Measurement, Part
-from .page import PAIRS, write_page
+from .page import PAIRS, page_tables, write_page
 from .pairs import Difference, differences, mean_over_pairs
 from .setting import STANDARD, Setting, SuiteConfig, test_subset
 from .subject import Subject, reason_of, together
@@ -212,9 +211,6 @@ def report(config: SuiteConfig, parts: Sequence[Part], results: Results, pairs: 
         if any(out["left_out_images"] for out in results.left_out.values()):
             rows = [row | results.left_out[row["model"]] for row in rows]
         write_csv(config.out / f"{part.name}.csv", rows)
-        columns = ("model", *(part.shown or rows[0].keys()), "left_out_images")
-        shown = [column for column in rows[0] if column in columns]
-        print(f"\n{part.name}\n\n{_table([{name: row.get(name) for name in shown} for row in rows])}")
         if part.draw is not None:
             with house_style():
                 save_png(part.draw(figures), config.out / f"{part.name}.png")
@@ -231,17 +227,12 @@ def report(config: SuiteConfig, parts: Sequence[Part], results: Results, pairs: 
     if compared:
         table = [_pair_row(*one) for one in compared] + (_over_pairs(compared) if len(config.against) > 1 else [])
         write_csv(config.out / PAIRS, table)
-        headline = [row for row in table if _is_headline(row)]
-        print(f"\ndifferences, with 95 % intervals over the images\n\n{_table(headline)}")
+    else:
+        (config.out / PAIRS).unlink(missing_ok=True)  # of an earlier run, of other models
     write_page(config.out)
-    print(f"\nin {config.out}")
+    print(f"\n{page_tables(config.out, [part.name for part in parts])}\n\nin {config.out}")
     for problem in results.problems:
         print(f"missing: {problem}", file=sys.stderr)
-
-
-def _is_headline(row: Mapping[str, Any]) -> bool:
-    shown = PARTS[row["part"]].shown
-    return not shown or row["figure"] in (*shown, "mce")
 
 
 def _pair_row(part: Part, model: str, twin: str, difference: Difference) -> dict[str, Any]:
@@ -279,18 +270,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with replacing_file(path) as aside, aside.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _cell(value, ".6g") for name, value in row.items()} for row in rows)
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    return markdown_table(columns, [[str(_cell(row.get(name), ".4g")) for name in columns] for row in rows])
-
-
-def _cell(value: Any, digits: str) -> Any:
-    if value is None:
-        return ""
-    return format(value, digits) if isinstance(value, float) else value
+        writer.writerows(
+            {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+        )
 
 
 def _slug(name: str) -> str:
