@@ -194,6 +194,8 @@ def test_the_index_opens_with_what_the_deciding_studies_say_of_tffd(tmp_path: Pa
     assert "shows nothing by itself: `tffd` (+1.00), `worse` (-1.00) and `noisy` (+0.40)." in once
     assert "The intervals (95 %) reach" not in once
 
+    assert "Does Tf-FD help?" not in index_text([study], collect_all(tmp_path / "plain", names=("plain",)), tmp_path)
+
 
 def test_held_out_images_are_not_called_the_test_set(tmp_path: Path) -> None:
     recipe = vary(PLAIN, "plain", data={"holdout": 5000})

@@ -474,7 +474,7 @@ def _render_index(pages: Sequence[_Runs], results: Path) -> str:
         rows.append([link, runs.study.question, _evaluated_briefly(runs), *counts])
     excluding = [*filter(None, certain.values())]
     other = [f"[{what}]({page})" for page, what in OTHER_PAGES.items() if (results / page).exists()]
-    deciding = [runs for runs in pages if runs.study.decides]
+    deciding = [runs for runs in pages if runs.study.decides and runs.compared]
     header = ["study", "question", "runs", "better", "worse", "undecided", "one pair"]
     text = [
         "# What the runs show",
