@@ -124,6 +124,11 @@ class _Runs:
     def all(self) -> list[RunRecord]:
         return [run for runs in self.by_name.values() for run in runs.values()]
 
+    @property
+    def epochs(self) -> list[int]:
+        """The lengths of the runs, shortest first."""
+        return sorted({run.recipe["optim"]["epochs"] for run in self.all})
+
     def pairs(self) -> Iterable[tuple[Row, int, RunRecord, RunRecord]]:
         for row in self.compared:
             ours, theirs = self.by_name[row.name], self.by_name[row.twin or ""]
@@ -502,7 +507,7 @@ def _tffd_gains(runs: _Runs) -> list[tuple[Row, Estimate]]:
 
 def _answer(deciding: Sequence[_Runs]) -> str:
     """What the studies that ask it say of Tf-FD, in a sentence."""
-    shortest = min(run.recipe["optim"]["epochs"] for runs in deciding for run in runs.all)
+    shortest = min(runs.epochs[0] for runs in deciding)
     better = [
         f"`{row.name}` ({_signed(gain.mean)})"
         for runs in deciding
@@ -522,8 +527,7 @@ def _answer_of(runs: _Runs) -> str:
     gains = _tffd_gains(runs)
     known = [gain for _, gain in gains if gain.error is not None]
     single = [f"`{row.name}` ({_signed(gain.mean)})" for row, gain in gains if gain.error is None]
-    epochs = sorted({run.recipe["optim"]["epochs"] for run in runs.all})
-    parts = [_evaluated_on(runs), f"Runs have {_joined(map(str, epochs))} epochs."]
+    parts = [_evaluated_on(runs), f"Runs have {_joined(map(str, runs.epochs))} epochs."]
     if known:
         verdicts = Counter(gain.verdict for gain in known)
         seeds = _joined(map(str, sorted({gain.n for gain in known})))
@@ -541,9 +545,8 @@ def _answer_of(runs: _Runs) -> str:
 
 
 def _evaluated_briefly(runs: _Runs) -> str:
-    epochs = sorted({run.recipe["optim"]["epochs"] for run in runs.all})
     images = {"held-out images" if run.recipe["data"]["holdout"] else "test images" for run in runs.all}
-    return f"{len(runs.all)} of {_joined(map(str, epochs))} epochs, {_joined(sorted(images))}"
+    return f"{len(runs.all)} of {_joined(map(str, runs.epochs))} epochs, {_joined(sorted(images))}"
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
