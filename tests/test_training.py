@@ -302,6 +302,15 @@ def test_two_processes_take_the_steps_of_one_with_tffd_on(tmp_path: Path) -> Non
     assert '"processes": 2' in environment
 
 
+def _refuse_on_one_of_two(impossible: Recipe) -> None:
+    with pytest.raises(ValueError, match="test_vit cannot take images of 8 px"):
+        train(impossible)
+
+
+def test_what_the_main_process_refuses_every_process_refuses(tmp_path: Path) -> None:
+    on_two_processes(_refuse_on_one_of_two, recipe(tmp_path, model="test_vit"))
+
+
 class _OneOfTwo:
     """A process of two, and what the other one sends."""
 

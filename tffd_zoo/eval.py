@@ -12,8 +12,7 @@ import atexit
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from .data.image_source import some_of
 from .evaluation import FIGURES, evaluate, evaluation_record
 from .loading import check_model_name, expand_names, known_images, label_names, left_out, load_model, order_logits
 from .markdown import markdown_table
+from .processes import main_process_first
 from .ranges import COUNT, NOT_NEGATIVE, check_ranges
 from .suite import STANDARD, Subject, SuiteConfig, run_suite
 from .threads import use_threads
@@ -154,7 +154,7 @@ def _open(
     config: EvalConfig, state: PartialState, split: str | None = None, label_column: str | None = None
 ) -> ImageSource:
     """Open a split, that to evaluate on when not given, with the labels of a column."""
-    with _main_process_first(state):  # one process downloads, the others find it there
+    with main_process_first(state):
         try:
             return open_source(
                 config.data,
@@ -172,7 +172,7 @@ def _load(
     name: str, source: ImageSource, state: PartialState, device: torch.device
 ) -> tuple[nn.Module, ImageSpec, ImageSource]:
     """The model on its device, how it wants its images, and those of `source` whose classes it knows."""
-    with _main_process_first(state):
+    with main_process_first(state):
         model = load_model(name)
     known = known_images(name, label_names(model), source)
     order_logits(name, model, known)
@@ -188,18 +188,6 @@ def _load(
             print(f"{name} also knows {some_of(lacking)}, of which there are no images", file=sys.stderr)
     model = model.to(device).to(memory_format=torch.channels_last)
     return model, ImageSpec(**resolve_input_data_config(model, use_test_size=True)), known
-
-
-@contextmanager
-def _main_process_first(state: PartialState) -> Iterator[None]:
-    """The state's own, but for an error: the others wait for the main process, and have to be let go then as well."""
-    if not state.is_main_process:
-        state.wait_for_everyone()
-    try:
-        yield
-    finally:
-        if state.is_main_process:
-            state.wait_for_everyone()
 
 
 def _ordered_names(model: nn.Module, source: ImageSource) -> tuple[str, ...] | None:

@@ -31,6 +31,7 @@ from ..allocator import keep_freed_memory
 from ..data import Batch, Loader
 from ..evaluation import FIGURES, EvalResult, NonFiniteLogits, evaluate
 from ..export import export_run
+from ..processes import main_process_first, of_a_lost_process
 from ..recipe import OptimConfig, Recipe
 from ..tasks import DistillationTask
 from ..threads import idle_cores, use_threads
@@ -52,7 +53,7 @@ from .build import (
 )
 from .curves import draw_curves
 from .precision import settle_precision, training_seconds
-from .progress import NonFiniteLoss, Progress, StopSignal, TermSums, of_a_lost_process
+from .progress import NonFiniteLoss, Progress, StopSignal, TermSums
 from .run_folder import RunFolder, data_record
 
 _logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def train(recipe: Recipe) -> Path:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     threads = use_threads(recipe.run.threads, state.num_processes)
     check_network(recipe)
-    with state.main_process_first():  # one process downloads, the others find it there
+    with main_process_first(state):
         check_image_size(recipe)
     train_source, eval_source = open_sources(recipe.data)
     recipe, precision = settle_precision(recipe, len(train_source), state)
@@ -89,7 +90,7 @@ def train(recipe: Recipe) -> Path:
     set_seed(run.seed)
 
     # --- batches, model and task --------------------------------------------------------------------------------------
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         model = make_network(recipe, train_source.label_names)
     freeze_layers(model, optim.freeze)
     layout = memory_format(recipe, accelerator)

@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -173,8 +172,3 @@ class StopSignal:
             vote = torch.tensor([self.signal], device=self.accelerator.device)
             self.agreed = int(self.accelerator.gather(vote).amax())
         return self.agreed > 0
-
-
-def of_a_lost_process(error: Exception) -> bool:
-    """Whether this is what gloo or NCCL say when another process is gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

@@ -35,6 +35,7 @@ from ..data import ImageSource, ImageSpec, TrainSource
 from ..data.image_source import some_of
 from ..export_record import file_sha256
 from ..json_files import read_json, write_json
+from ..processes import of_a_lost_process
 from ..recipe import Recipe, differences
 from ..run_record import (
     CHECKPOINTS,
@@ -49,7 +50,6 @@ from ..run_record import (
 )
 from ..threads import cores_per_process
 from .pickles import first_line, refuse_code
-from .progress import of_a_lost_process
 
 CHECKPOINT = "checkpoint.json"
 """What a checkpoint is of: its step, recipe and number of processes, and the hashes of its files..."""
