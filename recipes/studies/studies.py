@@ -447,6 +447,7 @@ BUDGET18 = Study(
         Row("budget18-cutmix", "CutMix", {"optim": {"cutmix": 1.0}}, "budget18"),
         Row("budget18-crops", "resized crops, flips drawn anew", {"data": {"augment": "rrc_flip"}}, "budget18"),
         Row("budget18-lr10", "rate 0.1", {"optim": {"lr": 0.1}}, "budget18"),
+        Row("budget18-lr40", "rate 0.4", {"optim": {"lr": 0.4}}, "budget18"),
         Row("budget18-mixup", "mixup, alpha 0.2", {"optim": {"mixup": 0.2}}, "budget18"),
         Row("budget18-smooth10", "label smoothing 0.1", {"optim": {"label_smoothing": 0.1}}, "budget18"),
     ),
