@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 
+Processes: TypeAlias = Accelerator | PartialState
+"""The processes of a run and the device of this one, before and after it is known how they compute."""
+
 
 @contextmanager
-def main_process_first(processes: Accelerator | PartialState) -> Iterator[None]:
+def main_process_first(processes: Processes) -> Iterator[None]:
     """Let the main process go through the body before the others do, so that one downloads and the others find it.
 
     Accelerate's own leaves the others waiting when the main process fails there. Here they go on, and meet the same

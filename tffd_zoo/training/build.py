@@ -7,10 +7,10 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError, safe_open
 from timm import create_model
@@ -38,13 +38,11 @@ from ..data.loaders import Workers
 from ..data.memory import AUGMENTS
 from ..data.workers import workers_beside
 from ..loading import check_architecture, check_model_name, label_names, load_model, order_logits, size_arguments
+from ..processes import Processes
 from ..recipe import Compilation, DataConfig, Recipe
 from ..stages import find_stages, stage_activations
 from ..tasks import DistillationTask, Setting, TeacherConfig
 from ..threads import cores_per_process
-
-Processes: TypeAlias = Accelerator | PartialState
-"""The processes of a run and the device of this one, before and after it is known how they compute."""
 
 
 def check_trackers(names: Sequence[str], accelerator: Accelerator) -> None:

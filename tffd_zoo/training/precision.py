@@ -21,9 +21,10 @@ from torch.nn.functional import cross_entropy
 
 from ..json_files import read_json
 from ..loading import size_arguments
+from ..processes import Processes
 from ..recipe import Compilation, Precision, Recipe, RunConfig
 from ..run_record import MEND, RECIPE
-from .build import Processes, image_spec, memory_format
+from .build import image_spec, memory_format
 
 WORTH_MEASURING = 100
 """Steps of the shortest run whose precision is measured: measuring takes about a dozen of them."""
