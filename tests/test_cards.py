@@ -205,6 +205,15 @@ def test_how_it_was_trained_is_told_from_recipe_and_environment() -> None:
     assert "versions: torch 2.14, timm 1.0.31" in training
 
 
+def test_every_change_of_the_images_is_told() -> None:
+    recipe = vary(TFFD, "hard", data={"auto_augment": "trivial"}, optim={"mixup": 0.2, "cutmix": 1.0})
+    for trained, words in (
+        (TFFD, "`pad_crop_flip`; split"),
+        (recipe, "`pad_crop_flip`, `trivial`, mixup 0.2, cutmix 1;"),
+    ):
+        assert f"augmentation {words}" in section(render_card(card_info(trained)), "How it was trained")
+
+
 def test_a_run_that_was_cut_short_is_said_to_be() -> None:
     info = replace(card_info(), metrics=METRICS | {"weights_epoch": 0.32, "trained_epochs": 0.32})
     assert "240 epochs (stopped after 0.32)" in section(render_card(info), "How it was trained")

@@ -4,7 +4,7 @@ import io
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
+from torchvision.transforms import AugMix, InterpolationMode, RandAugment, Resize, TrivialAugmentWide
 
 from tffd_zoo.data import (
     Augment,
@@ -33,6 +34,7 @@ from tffd_zoo.data.workers import WorkerPool, default_workers, workers_beside
 
 SPEC = ImageSpec(input_size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), crop_pct=1.0)
 RRC = AUGMENTS["rrc_flip"]
+TRIVIAL = replace(AUGMENTS["pad_crop_turns"], auto_augment="trivial")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class TestSharding:
         assert len({len(share) for share in shares}) == 1
         assert (f"without the last {left_out} images" in shares[0].describe()) == (left_out > 0)
 
-    @pytest.mark.parametrize("augment", [AUGMENTS["pad_crop_flip"], RRC])
+    @pytest.mark.parametrize("augment", [AUGMENTS["pad_crop_flip"], RRC, TRIVIAL])
     def test_two_ranks_side_by_side_are_one_process_with_the_doubled_batch(self, augment: Augment) -> None:
         source = make_source(21)
         first, second = (
@@ -157,7 +159,7 @@ class TestSharding:
 
 class TestResume:
     @pytest.mark.parametrize("workers", [0, 2])
-    @pytest.mark.parametrize("augment", [AUGMENTS["pad_crop_flip"], RRC])
+    @pytest.mark.parametrize("augment", [AUGMENTS["pad_crop_flip"], RRC, TRIVIAL])
     def test_an_epoch_taken_up_in_the_middle_has_the_same_bits(self, augment: Augment, workers: int) -> None:
         source = make_source(22, width=24, height=20)
         options: Any = {"augment": augment, "workers": workers, "in_memory": False}
@@ -224,7 +226,7 @@ class TestAugmentation:
         assert torch.equal(pad_crop_flip(images, unmoved, 0, "zeros"), images.flip(3))
         assert torch.equal(images, before)
 
-    @pytest.mark.parametrize("augment", [AUGMENTS["pad_crop_flip"], RRC])
+    @pytest.mark.parametrize("augment", [AUGMENTS["pad_crop_flip"], RRC, TRIVIAL])
     def test_it_follows_seed_epoch_and_index_and_nothing_else(self, augment: Augment) -> None:
         source = make_source(9, width=20)
         loader = train_loader(source, SPEC, 4, seed=1, augment=augment, workers=0)
@@ -237,7 +239,7 @@ class TestAugmentation:
         ):
             assert sum(torch.equal(images[index], other[index]) for index in range(9)) < 3
 
-    @pytest.mark.parametrize("augment", [AUGMENTS["pad_crop_flip"], RRC])
+    @pytest.mark.parametrize("augment", [AUGMENTS["pad_crop_flip"], RRC, TRIVIAL])
     def test_copies_of_one_image_are_augmented_differently(self, augment: Augment) -> None:
         copies = make_source(1).subset([0] * 6)
         images = by_index(train_loader(copies, SPEC, 6, seed=0, augment=augment, workers=0))
@@ -252,6 +254,38 @@ class TestAugmentation:
         )
         for index, image in by_index(loader).items():
             assert torch.equal(image.flip(2), transform(source.decode(index)))
+
+    @pytest.mark.parametrize(
+        ("name", "policy"), [("trivial", TrivialAugmentWide), ("rand", RandAugment), ("augmix", AugMix)]
+    )
+    def test_policies_are_torchvisions_and_change_the_whole_image_before_the_crop(self, name: Any, policy: Any) -> None:
+        source = make_source(6, width=24, height=20)
+        loader = train_loader(source, SPEC, 6, 7, augment=Augment("pad", padding=3, auto_augment=name), workers=0)
+        resize = Resize((16, 16), InterpolationMode.BICUBIC)
+        choices = draw_crops_and_flips(seeded_generator(7, loaders.CROPS, 2), 6, padding=3, hflip=0.5)
+        changed = 0
+        for index, image in by_index(loader, epoch=2).items():
+            torch.manual_seed(seeded_generator(7, loaders.PIXELS, 2, index).initial_seed())
+            resized = resize(source.decode(index))
+            pixels = np.asarray(policy(interpolation=InterpolationMode.BILINEAR)(resized))
+            changed += not np.array_equal(pixels, np.asarray(resized))
+            top, left = int(choices.top[index]), int(choices.left[index])
+            expected = np.pad(pixels, ((3, 3), (3, 3), (0, 0)))[top : top + 16, left : left + 16]
+            if choices.flip[index]:
+                expected = expected[:, ::-1]
+            np.testing.assert_allclose(
+                image.permute(1, 2, 0), (expected / np.float64(255) - SPEC.mean) / SPEC.std, atol=1e-6
+            )
+        assert changed > 3
+
+    def test_a_policy_changes_the_crop_after_it_was_resized(self) -> None:
+        source = make_source(6, width=40, height=30)
+        whole = Augment("resized", hflip=0.0, scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3))
+        plain, changed = (
+            by_index(train_loader(source, SPEC, 6, 0, augment=replace(whole, auto_augment=policy), workers=0))
+            for policy in (None, "trivial")
+        )
+        assert sum(torch.equal(plain[index], changed[index]) for index in range(6)) < 3
 
     def test_the_callers_random_numbers_are_left_alone(self) -> None:
         source = make_source(6)
@@ -428,6 +462,10 @@ class TestChoices:
             ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
             ({"batch_size": 3, "pair_classes": True}, "batch_size 3 is odd"),
             ({"batch_size": 2, "augment": RRC, "in_memory": True}, "cannot be kept in memory; choose pad_crop_flip"),
+            (
+                {"batch_size": 2, "augment": TRIVIAL, "in_memory": True},
+                "cannot be kept in memory; leave --auto-augment",
+            ),
             ({"batch_size": 2, "world_size": 7}, "6 images do not make one batch of 2 for each of 7 processes; lower"),
             ({"batch_size": 8, "drop_last": True}, "6 images do not make one batch of 8"),
             ({"batch_size": 2, "seed": -1}, "seed -1 is negative"),

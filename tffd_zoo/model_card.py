@@ -258,6 +258,8 @@ def _training(info: CardInfo) -> str:
     if schedule == "multistep":
         milestones = ", ".join(f"{fraction * optim['epochs']:g}" for fraction in optim["milestones"])
         schedule += f", x{optim['decay_rate']:g} at epochs {milestones}"
+    augmentation = [code(data[field]) for field in ("augment", "auto_augment") if data.get(field)]
+    augmentation += [f"{name} {optim[name]:g}" for name in ("mixup", "cutmix") if optim.get(name)]
     trained = _trained_epochs(info.recipe, info.metrics)
     cut_short = "" if trained == optim["epochs"] else f" (stopped after {trained:.3g})"
     lines = [
@@ -265,7 +267,7 @@ def _training(info: CardInfo) -> str:
         f"recipe {code(info.recipe['name'])}: {optim['epochs']} epochs{cut_short}, {batch}",
         f"optimizer {escaped(optim['opt'])}, learning rate {optim['lr']:g} ({schedule}), "
         f"weight decay {optim['weight_decay']:g}, label smoothing {optim['label_smoothing']:g}",
-        f"augmentation {data['augment']}; split {code(data['train_split'])} of {info.data_name}",
+        f"augmentation {', '.join(augmentation)}; split {code(data['train_split'])} of {info.data_name}",
         f"seed {run['seed']}, one run; precision {run['precision'] if run['precision'] != 'no' else 'float32'}",
     ]
     if environment.get("hardware"):

@@ -86,6 +86,8 @@ class DataConfig:
     nothing."""
     padding_mode: Literal["zeros", "reflect"] = "zeros"
     """How pad_crop_flip pads."""
+    auto_augment: Literal["trivial", "rand", "augmix"] | None = None
+    """Also change colours and shapes, each image anew: by TrivialAugment, RandAugment or AugMix."""
     in_memory: bool | None = None
     """Decode all images once into memory; chosen by size when not given."""
     workers: Annotated[int | None, NOT_NEGATIVE] = None

@@ -21,10 +21,12 @@ from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
 
 from .image_source import ImageSource
 from .memory import (
     AUGMENTS,
+    POLICIES,
     Augment,
     CropsAndFlips,
     Normalize,
@@ -209,9 +211,9 @@ class _BatchMaker:
         return self._choices[1]
 
     def _transform(self, epoch: int, position: int, image: Image.Image) -> Tensor:
-        if self.augment.crop != "resized":
+        if not self.augment.changes_each_image:
             return self.transform(image)
-        # timm's transforms draw from the global streams of `random` and torch: seed both, and give them back
+        # these transforms draw from the global streams of `random` and torch: seed both, and give them back
         seed = seeded_generator(self.seed, PIXELS, epoch, position).initial_seed()
         state = random.getstate()
         with torch.random.fork_rng(devices=[]):
@@ -253,7 +255,7 @@ def train_loader(
             function is told the seconds that an image takes to decode, and says how many; it is not asked where images
             are in memory or streamed.
         in_memory: decode everything once, beforehand; None: for small images that take at most 1 GiB decoded, unless
-            `augment` resizes at random.
+            `augment` changes each image anew.
         device: where images in memory are kept, augmented and handed out, so that at a step their positions travel and
             no pixels; CPU when not given. Other images come from the CPU.
         drop_last: leave out the last global batch when it is smaller than the others.
@@ -276,10 +278,14 @@ def train_loader(
         raise ValueError("CS-KD pairs images by their labels, and --streaming reads those while it trains; choose one")
     if pair_classes and batch_size % 2:
         raise ValueError(f"batch_size {batch_size} is odd, but half of a batch are partners of the other half")
-    if augment.crop == "resized":
+    if augment.changes_each_image:
         if in_memory:
-            raise ValueError("images that are resized at random cannot be kept in memory; choose pad_crop_flip or none")
+            cause, mend = "are resized at random", "choose pad_crop_flip or none"
+            if augment.auto_augment is not None:
+                cause, mend = f"{augment.auto_augment} changes", "leave --auto-augment or --in-memory out"
+            raise ValueError(f"images that {cause} cannot be kept in memory; {mend}")
         in_memory = False
+    if augment.crop == "resized":
         transform = create_transform(
             spec.input_size,
             is_training=True,
@@ -294,6 +300,9 @@ def train_loader(
         transform = create_transform(
             spec.input_size, is_training=True, no_aug=True, interpolation=spec.interpolation, normalize=False
         )
+    if augment.auto_augment is not None:
+        policy = POLICIES[augment.auto_augment](interpolation=InterpolationMode.BILINEAR)
+        transform.transforms.insert(-1, policy)  # the last one makes a tensor
 
     images_per_global_batch = batch_size * world_size // (2 if pair_classes else 1)
     remainder = len(source) % images_per_global_batch

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import AugMix, RandAugment, TrivialAugmentWide
 from tqdm import tqdm
 
 from .image_source import ImageSource
@@ -41,6 +42,14 @@ class Augment:
     """Range of the cropped area for `resized`, as a share of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the cropped aspect ratio for `resized`."""
+    auto_augment: Literal["trivial", "rand", "augmix"] | None = None
+    """Changes of colours and shapes, of the whole image before `pad` and of the crop after `resized`; see
+    :data:`POLICIES`."""
+
+    @property
+    def changes_each_image(self) -> bool:
+        """Whether an epoch shows more than crops and flips of images that were decoded once."""
+        return self.crop == "resized" or self.auto_augment is not None
 
     def padding_at(self, size: int) -> int:
         """Return the padding for an input of `size` pixels."""
@@ -55,10 +64,13 @@ class Augment:
             "resized": "cropped and resized at random",
             "none": "not cropped",
         }[self.crop]
-        if not self.hflip:
-            return crop
-        return f"{crop}, flipped in turns" if self.alternate else f"{crop}, flipped"
+        flip = "" if not self.hflip else ", flipped in turns" if self.alternate else ", flipped"
+        return crop + flip + (f", {POLICIES[self.auto_augment].__name__}" if self.auto_augment else "")
 
+
+POLICIES = {"trivial": TrivialAugmentWide, "rand": RandAugment, "augmix": AugMix}
+"""torchvision's policies by name, with its settings: TrivialAugment (Müller and Hutter, ICCV 2021), RandAugment (Cubuk
+et al., NeurIPS 2020) and AugMix (Hendrycks et al., ICLR 2020)."""
 
 AUGMENTS = {
     "pad_crop_flip": Augment("pad"),

@@ -262,7 +262,9 @@ def make_loaders(
         "device": accelerator.device,
         "memory_format": layout,
     }
-    augment = dataclasses.replace(AUGMENTS[data.augment], padding_mode=data.padding_mode)
+    augment = dataclasses.replace(
+        AUGMENTS[data.augment], padding_mode=data.padding_mode, auto_augment=data.auto_augment
+    )
     train_batches = train_loader(
         train_source,
         spec,
