@@ -457,6 +457,28 @@ BUDGET18 = Study(
     ),
 )
 
+SMOOTH = {"label_smoothing": 0.1}
+BUDGET18_25 = Study(
+    "budget18-25",
+    "which regulariser pays at 25 epochs of ResNet-18 at 64 px?",
+    vary(BUDGET18.base, "budget18-25", optim={"epochs": 25}),
+    (
+        Row("budget18-25", "the zoo's recipe"),
+        Row(
+            "budget18-25-trivial",
+            "TrivialAugment and label smoothing 0.1",
+            {"optim": SMOOTH, "data": {"auto_augment": "trivial"}},
+            "budget18-25",
+        ),
+        Row(
+            "budget18-25-mixup",
+            "mixup, alpha 0.2, and label smoothing 0.1",
+            {"optim": {**SMOOTH, "mixup": 0.2}},
+            "budget18-25",
+        ),
+    ),
+)
+
 # --- does Tf-FD help? at fixed lambda, by the zoo's recipe ------------------------------------------------------------
 
 
