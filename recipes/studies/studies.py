@@ -477,9 +477,9 @@ BUDGET18_25 = Study(
         ),
     ),
     note=(
-        "The two are as close as seeds of one recipe can be. The pair of 40 epochs in [students](../students/README.md) "
-        "has TrivialAugment: its training loss is the higher and its held-out NLL the lower one, so that more epochs "
-        "have more to give."
+        "The two are as close as seeds of one recipe can be. ResNet-18's pair of 40 epochs in "
+        "[students](../students/README.md) has TrivialAugment: its training loss is the higher and its held-out NLL "
+        "the lower one, so that more epochs have more to give."
     ),
 )
 
