@@ -282,7 +282,7 @@ def train_loader(
         if in_memory:
             cause, mend = "are resized at random", "choose pad_crop_flip or none"
             if augment.auto_augment is not None:
-                cause, mend = f"{augment.auto_augment} changes", "leave --auto-augment or --in-memory out"
+                cause, mend = f"'{augment.auto_augment}' changes anew", "leave --auto-augment or --in-memory out"
             raise ValueError(f"images that {cause} cannot be kept in memory; {mend}")
         in_memory = False
     if augment.crop == "resized":
