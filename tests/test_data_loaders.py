@@ -97,6 +97,17 @@ def by_index(loader: Loader, epoch: int = 0) -> dict[int, Tensor]:
     }
 
 
+def moved_and_normalised(pixels: Any, choices: CropsAndFlips, index: int, padding_mode: str) -> Any:
+    """One image of 16 x 16 as training sees it, padded by 3 on every side: (16, 16, 3) float64."""
+    edges = ((3, 3), (3, 3), (0, 0))
+    padded = np.pad(pixels, edges, "reflect") if padding_mode == "reflect" else np.pad(pixels, edges)
+    top, left = int(choices.top[index]), int(choices.left[index])
+    cropped = padded[top : top + 16, left : left + 16]
+    if choices.flip[index]:
+        cropped = cropped[:, ::-1]
+    return (cropped / np.float64(255) - SPEC.mean) / SPEC.std
+
+
 class TestSharding:
     def test_an_epoch_shows_every_image_once_in_a_new_order(self) -> None:
         loader = train_loader(make_source(37), SPEC, 5, seed=0)
@@ -199,14 +210,7 @@ class TestAugmentation:
         choices = draw_crops_and_flips(seeded_generator(7, loaders.CROPS, 4), 12, padding=3, hflip=0.5)
         assert 0 < choices.flip.sum() < 12
         for index, image in by_index(loader, epoch=4).items():
-            pixels = np.asarray(source.decode(index))
-            edges = ((3, 3), (3, 3), (0, 0))
-            padded = np.pad(pixels, edges, "reflect") if padding_mode == "reflect" else np.pad(pixels, edges)
-            top, left = int(choices.top[index]), int(choices.left[index])
-            expected = padded[top : top + 16, left : left + 16]
-            if choices.flip[index]:
-                expected = expected[:, ::-1]
-            expected = (expected / np.float64(255) - SPEC.mean) / SPEC.std
+            expected = moved_and_normalised(np.asarray(source.decode(index)), choices, index, padding_mode)
             np.testing.assert_allclose(image.permute(1, 2, 0), expected, atol=1e-6)
 
     def test_crops_take_every_offset_and_flips_their_share(self) -> None:
@@ -269,13 +273,8 @@ class TestAugmentation:
             resized = resize(source.decode(index))
             pixels = np.asarray(policy(interpolation=InterpolationMode.BILINEAR)(resized))
             changed += not np.array_equal(pixels, np.asarray(resized))
-            top, left = int(choices.top[index]), int(choices.left[index])
-            expected = np.pad(pixels, ((3, 3), (3, 3), (0, 0)))[top : top + 16, left : left + 16]
-            if choices.flip[index]:
-                expected = expected[:, ::-1]
-            np.testing.assert_allclose(
-                image.permute(1, 2, 0), (expected / np.float64(255) - SPEC.mean) / SPEC.std, atol=1e-6
-            )
+            expected = moved_and_normalised(pixels, choices, index, "zeros")
+            np.testing.assert_allclose(image.permute(1, 2, 0), expected, atol=1e-6)
         assert changed > 3
 
     def test_a_policy_changes_the_crop_after_it_was_resized(self) -> None:

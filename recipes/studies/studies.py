@@ -619,6 +619,10 @@ STUDENTS = Study(
         *pair("resnet8x4", 80, (0,), Published(72.50, CRD), Published(73.62, POSTER, 72.50)),
         *pair("resnet56", 80, (0,), Published(72.63, PUBLIC_ZOO)),
     ),
+    note=(
+        "ResNet-18's pair of 40 epochs adds TrivialAugment and label smoothing 0.1 to the zoo's recipe, in both arms; "
+        "see [budget18-25](../budget18-25/README.md)."
+    ),
     decides=True,
 )
 
