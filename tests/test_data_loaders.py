@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import random
+import signal
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +38,20 @@ from tffd_zoo.data.workers import WorkerPool, default_workers, workers_beside
 
 SPEC = ImageSpec(input_size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), crop_pct=1.0)
 RRC = AUGMENTS["rrc_flip"]
+TELLS_WHO_SENT_A_SIGNAL = pytest.mark.skipif(
+    sys.platform == "darwin", reason="macOS does not tell who sent a signal, so workers obey each one"
+)
 TRIVIAL = replace(AUGMENTS["pad_crop_turns"], auto_augment="trivial")
+
+
+def signal_then_abs(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return abs(number)
+
+
+def answer_late(seconds: int) -> int:
+    time.sleep(seconds)
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -499,6 +516,21 @@ class TestWorkers:
     def test_a_signal_to_the_process_group_does_not_reach_them(self) -> None:
         groups = list(WorkerPool(os.getpgid, 2).map([0, 0]))
         assert os.getpgid(0) not in groups
+
+    @TELLS_WHO_SENT_A_SIGNAL
+    def test_a_signal_to_every_process_leaves_them_at_work(self) -> None:
+        pool = WorkerPool(signal_then_abs, 2)
+        assert list(pool.map(range(-5, 5))) == [5, 4, 3, 2, 1, 0, 1, 2, 3, 4]
+
+    @TELLS_WHO_SENT_A_SIGNAL
+    def test_the_main_process_ends_one_that_is_busy(self) -> None:
+        before = set(multiprocessing.active_children())
+        results = WorkerPool(answer_late, 1).map([0, 600])
+        assert next(results) == 0  # it is at work, on 600 seconds of sleep
+        (worker,) = set(multiprocessing.active_children()) - before
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
 
     def test_many_images_are_decoded_by_workers_in_their_order(self) -> None:
         source = make_source(1500, width=4, height=4)

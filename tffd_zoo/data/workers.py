@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -57,7 +60,7 @@ class WorkerPool(Generic[Request, Result]):
                 sampler=self._running,
                 num_workers=workers,
                 persistent_workers=True,
-                worker_init_fn=_leave_process_group,
+                worker_init_fn=_outlive_signals,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else every `map` would draw from the caller's global stream
             )
@@ -99,7 +102,23 @@ class _ErrorsAsValues(Dataset[Any]):
             return error
 
 
-def _leave_process_group(worker: int) -> None:
-    """Keep signals to the whole group (Ctrl-C, `timeout`) from a worker: the main process needs it until it leaves."""
+def _outlive_signals(worker: int) -> None:
+    """Keep signals that are meant for the whole run from a worker: the main process needs it until it leaves.
+
+    Ctrl-C and `timeout` signal the process group, and a worker leaves it. A scheduler or `pkill` sends SIGTERM to every
+    process: only that of the main process, which ends a pool so, is obeyed. Where the system does not tell who sent a
+    signal (macOS), each one is.
+    """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_leave_when_the_main_process_says, daemon=True).start()
+
+
+def _leave_when_the_main_process_says() -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None, "a worker has a parent"
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
+        pass
+    os._exit(0)
