@@ -241,6 +241,15 @@ def test_the_curve_of_lengths_goes_through_the_means_and_shows_every_run() -> No
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "8"]
 
 
+def test_the_curve_of_lengths_shows_what_ran_in_one_length_as_dots() -> None:
+    axes = draw_lengths({"plain": {4: [60.0], 8: [64.0]}, "tffd": {8: [63.0, 65.0]}}).axes[0]
+    *_, dots = axes.get_lines()
+    assert [tuple(map(float, point)) for point in dots.get_xydata()] == [(8, 63), (8, 65)]
+    handles, labels = axes.get_legend_handles_labels()
+    assert labels == ["plain", "tffd"]
+    assert handles[1] is dots
+
+
 def test_a_report_follows_its_records(tmp_path: Path) -> None:
     records = collect_all(tmp_path)
     page = report(records)

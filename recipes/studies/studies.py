@@ -584,9 +584,12 @@ def pair(
         "optim": {"epochs": epochs, "label_smoothing": label_smoothing},
         "data": data,
     }
-    name, ours = f"zoo-{network}-{epochs}", {"tffd": train_cifar100.ZOO.tffd, "run": {"compile": "losses"}}
+    name, tffd = f"zoo-{network}-{epochs}", train_cifar100.ZOO.tffd
+    assert tffd is not None
+    assert tffd.lambda_intra == tffd.lambda_inter, "the row tells one of them"
     plain = Row(f"{name}-plain", "cross-entropy alone", setting, published=known, seeds=seeds)
-    return plain, Row(name, "and Tf-FD", ours, plain.name, published=published, seeds=seeds)
+    what, ours = f"and Tf-FD, lambda {tffd.lambda_intra:g}", {"tffd": tffd, "run": {"compile": "losses"}}
+    return plain, Row(name, what, ours, plain.name, published=published, seeds=seeds)
 
 
 def authors_pair(network: str, epochs: int, **data: Any) -> tuple[Row, Row]:

@@ -436,13 +436,13 @@ def _gains_figure(runs: _Runs) -> Any:
 
 
 def _lengths(runs: _Runs) -> dict[str, dict[int, list[float]]]:
-    """Top-1 by length of the recipes that ran in several, rows of one wording being one; none of several models."""
+    """Top-1 by length of every recipe, rows of one wording being one; none of several models or one length each."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in runs.rows:
         for run in runs.by_name[row.name].values():
             found.setdefault(row.what, {}).setdefault(run.recipe["optim"]["epochs"], []).append(run.last)
     one_model = len({run.recipe["model"] for run in runs.all}) == 1
-    return {what: by_length for what, by_length in found.items() if one_model and len(by_length) > 1}
+    return found if one_model and any(len(by_length) > 1 for by_length in found.values()) else {}
 
 
 def _shares(runs: _Runs) -> dict[str, dict[str, dict[int, Sequence[tuple[float, float]]]]]:
