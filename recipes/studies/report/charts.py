@@ -76,11 +76,9 @@ def draw_lengths(recipes: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure
     axes = figure.subplots()
     for colour, (recipe, by_length) in zip(cycle((NEUTRAL, *COLOURS)), recipes.items(), strict=False):
         lengths = sorted(by_length)
-        on_line, on_dots = (recipe, None) if len(lengths) > 1 else (None, recipe)  # one length makes no line
-        means = [statistics.fmean(by_length[length]) for length in lengths]
-        axes.plot(lengths, means, color=colour, label=on_line)
+        axes.plot(lengths, [statistics.fmean(by_length[length]) for length in lengths], color=colour)
         runs = [(length, value) for length in lengths for value in by_length[length]]
-        axes.plot(*zip(*runs, strict=True), "o", color=colour, markersize=5, alpha=0.7, label=on_dots)
+        axes.plot(*zip(*runs, strict=True), "o", color=colour, markersize=5, alpha=0.7, label=recipe)
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     ticks = sorted({length for by_length in recipes.values() for length in by_length})
