@@ -194,6 +194,12 @@ def test_the_index_opens_with_what_the_deciding_studies_say_of_tffd(tmp_path: Pa
     assert "shows nothing by itself: `tffd` (+1.00), `worse` (-1.00) and `noisy` (+0.40)." in once
     assert "The intervals (95 %) reach" not in once
 
+    pair = index_text([study], collect_all(tmp_path / "pair", names=("plain", "tffd")), tmp_path)
+    assert "1 setting of Tf-FD ran with 3 seeds: 1 shown to be better than the twin, 0 shown to be worse, 0 u" in pair
+    assert "The interval (95 %) reaches from " in pair
+    single = index_text([study], collect_all(tmp_path / "single", seeds=1, names=("plain", "tffd")), tmp_path)
+    assert "One pair of runs, which shows nothing by itself: `tffd` (+1.00)." in single
+
     assert "Does Tf-FD help?" not in index_text([study], collect_all(tmp_path / "plain", names=("plain",)), tmp_path)
 
 

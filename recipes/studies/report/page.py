@@ -531,15 +531,18 @@ def _answer_of(runs: _Runs) -> str:
     if known:
         verdicts = Counter(gain.verdict for gain in known)
         seeds = _joined(map(str, sorted({gain.n for gain in known})))
+        settings, interval = (
+            ("settings", "intervals (95 %) reach") if len(known) > 1 else ("setting", "interval (95 %) reaches")
+        )
         parts.append(
-            f"{len(known)} settings of Tf-FD ran with {seeds} seeds: {verdicts['above']} shown to be better than the "
-            f"twin, {verdicts['below']} shown to be worse, {verdicts['neither']} undecided. The intervals "
-            f"(95 %) reach from {_signed(min(gain.low for gain in known))} to "
-            f"{_signed(max(gain.high for gain in known))} points: an effect beyond is not to be expected, one within "
-            "may exist."
+            f"{len(known)} {settings} of Tf-FD ran with {seeds} seeds: {verdicts['above']} shown to be better than the "
+            f"twin, {verdicts['below']} shown to be worse, {verdicts['neither']} undecided. The {interval} from "
+            f"{_signed(min(gain.low for gain in known))} to {_signed(max(gain.high for gain in known))} points: an "
+            "effect beyond is not to be expected, one within may exist."
         )
     if single:
-        parts.append(f"One pair of runs each, which shows nothing by itself: {_joined(single)}.")
+        each = " each" if len(single) > 1 else ""
+        parts.append(f"One pair of runs{each}, which shows nothing by itself: {_joined(single)}.")
     picture = f"![Gain of every recipe over its twin]({study.name}/{PICTURE})"
     return f"### [{study.name}]({study.name}/{PAGE}): {study.question}\n\n{' '.join(parts)}\n\n{picture}"
 
