@@ -422,7 +422,7 @@ def test_the_students_stand_beside_their_twins_by_manifest_and_suite() -> None:
     assert cells_of(table, "tffd_resnet20.c100")[2:5] == ["68.50 (68.70)", "4.50 (4.50)", "41.01 (42.00)"]
     assert "`tffd_resnet20.ce_c100`" not in table
     assert "(1,000 images each, generated, seed 3)" in table
-    assert "what other seeds would give is not shown" in table
+    assert "One run each; [what the runs show](recipes/results/README.md)" in table
     alone = render_students(TWINS[:1], {})
     assert cells_of(alone, "tffd_resnet20.c100")[2:5] == ["68.50 (-)", "4.50 (-)", "- (-)"]
 
