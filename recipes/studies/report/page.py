@@ -17,7 +17,7 @@ from tffd_zoo.run_record import RunRecord
 
 from .charts import Gain, draw_gains, draw_lengths
 from .records import commit_of, read_records
-from .statistics import LEVEL, Estimate, Spread, estimate, estimate_gain, paired_differences, spread_of_runs
+from .statistics import Estimate, Spread, estimate, estimate_gain, paired_differences, spread_of_runs, widened
 from .study import Row, Study
 
 PAGE = "README.md"
@@ -286,8 +286,7 @@ def _of_the_intervals(runs: _Runs) -> list[str]:
         f"taken to scatter alike): {_joined(spreads)}."
     ]
     if (count := len(with_interval)) > 1:
-        level = 1 - (1 - LEVEL) / count  # Bonferroni
-        left = [f"`{row.name}`" for row in with_interval if runs.gain(row, _last).excludes_zero(level)]
+        left = [f"`{row.name}`" for row in with_interval if runs.gain(row, _last).excludes_zero(widened(count))]
         sentences.append(
             f"Without any effect each of the {count} excludes zero in 1 of 20 studies; widened for their number "
             f"(Bonferroni), {_joined(left) if left else 'none'} still {'do' if len(left) > 1 else 'does'}."
@@ -506,18 +505,26 @@ def _tffd_gains(runs: _Runs) -> list[tuple[Row, Estimate]]:
 
 
 def _answer(deciding: Sequence[_Runs]) -> str:
-    """What the studies that ask it say of Tf-FD, in a sentence."""
+    """What the studies that ask it say of Tf-FD, in a line: each setting by itself, and all that were tried at once."""
     shortest = min(runs.epochs[0] for runs in deciding)
-    better = [
-        f"`{row.name}` ({_signed(gain.mean)})"
-        for runs in deciding
-        for row, gain in _tffd_gains(runs)
-        if gain.verdict == "above"
-    ]
-    shown = f"{_joined(better)} {'are' if len(better) > 1 else 'is'}" if better else "no setting of Tf-FD is"
+    ran = f"In our paired runs (one recipe, the same seeds) of {shortest} epochs and more,"
+    # A row that two studies share is one setting.
+    known = {row.name: (runs, gain) for runs in deciding for row, gain in _tffd_gains(runs) if gain.error is not None}
+    better = {name: runs for name, (runs, gain) in known.items() if gain.verdict == "above"}
+    if not better:
+        return f"{ran} no setting of Tf-FD is shown to be better than plain training."
+    by_itself = []
+    for name, runs in better.items():
+        recipe, gain = runs.study.recipe(name), known[name][1]
+        by_itself.append(
+            f"`{name}` ({recipe.model}, {recipe.optim.epochs} epochs: {_signed(gain.mean)} points, {_interval(gain)}, "
+            f"n = {gain.n})"
+        )
+    left = [f"`{name}`" for name in better if known[name][1].excludes_zero(widened(len(known)))]
     return (
-        f"In our paired runs (one recipe, the same seeds) of {shortest} epochs and more, {shown} shown to be better "
-        "than plain training."
+        f"{ran} a gain over plain training, the whole 95 % interval above zero, was seen in {len(better)} of "
+        f"{len(known)} settings of Tf-FD with several seeds: {_joined(by_itself)}. Once the intervals are widened for "
+        f"the number of settings (Bonferroni), this holds for {_joined(left) if left else 'none'}."
     )
 
 
@@ -538,7 +545,7 @@ def _answer_of(runs: _Runs) -> str:
             f"{len(known)} {settings} of Tf-FD ran with {seeds} seeds: {verdicts['above']} shown to be better than the "
             f"twin, {verdicts['below']} shown to be worse, {verdicts['neither']} undecided. The {interval} from "
             f"{_signed(min(gain.low for gain in known))} to {_signed(max(gain.high for gain in known))} points: an "
-            "effect beyond is not to be expected, one within may exist."
+            "effect may lie anywhere within, and is not to be expected beyond."
         )
     if single:
         each = " each" if len(single) > 1 else ""

@@ -57,6 +57,11 @@ class Estimate:
         return self.error is not None and abs(self.mean) > self.half_width(level)
 
 
+def widened(count: int) -> float:
+    """Level at which each of so many intervals is to be held for all of them to hold at :data:`LEVEL` (Bonferroni)."""
+    return 1 - (1 - LEVEL) / count
+
+
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean, standard deviation and t interval of independent values."""
     n, mean = len(values), statistics.fmean(values)
