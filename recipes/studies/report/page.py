@@ -510,21 +510,25 @@ def _answer(deciding: Sequence[_Runs]) -> str:
     ran = f"In our paired runs (one recipe, the same seeds) of {shortest} epochs and more,"
     # A row that two studies share is one setting.
     known = {row.name: (runs, gain) for runs in deciding for row, gain in _tffd_gains(runs) if gain.error is not None}
-    better = {name: runs for name, (runs, gain) in known.items() if gain.verdict == "above"}
-    if not better:
-        return f"{ran} no setting of Tf-FD is shown to be better than plain training."
-    by_itself = []
-    for name, runs in better.items():
-        recipe, gain = runs.study.recipe(name), known[name][1]
-        by_itself.append(
+    if not known:
+        return f"{ran} no setting of Tf-FD has several seeds, so nothing is shown."
+    told: dict[str, list[str]] = {"above": [], "below": []}
+    left = []
+    for name, (runs, gain) in known.items():
+        if not gain.excludes_zero():
+            continue
+        recipe = runs.study.recipe(name)
+        told[gain.verdict].append(
             f"`{name}` ({recipe.model}, {recipe.optim.epochs} epochs: {_signed(gain.mean)} points, {_interval(gain)}, "
             f"n = {gain.n})"
         )
-    left = [f"`{name}`" for name in better if known[name][1].excludes_zero(widened(len(known)))]
+        if gain.excludes_zero(widened(len(known))):
+            left.append(f"`{name}`")
+    above, below = (_joined(names) if names else "none" for names in told.values())
     return (
-        f"{ran} a gain over plain training, the whole 95 % interval above zero, was seen in {len(better)} of "
-        f"{len(known)} settings of Tf-FD with several seeds: {_joined(by_itself)}. Once the intervals are widened for "
-        f"the number of settings (Bonferroni), this holds for {_joined(left) if left else 'none'}."
+        f"{ran} of the {len(known)} settings of Tf-FD with several seeds the whole 95 % interval is better than plain "
+        f"training for {above}, and worse for {below}. Once the intervals are widened for the number of settings "
+        f"(Bonferroni), they exclude zero for {_joined(left) if left else 'none'}."
     )
 
 
