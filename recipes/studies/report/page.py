@@ -271,11 +271,11 @@ def _verdict(runs: _Runs, verdicts: Mapping[str, Sequence[str]]) -> str:
 
 def _of_the_intervals(runs: _Runs) -> list[str]:
     """How the intervals came about, and what is left of them when they are held to be true all at once."""
-    with_interval = [row for row in runs.compared if runs.gain(row, _last).error]
-    if not with_interval:
+    gains = {row.name: gain for row in runs.compared if (gain := runs.gain(row, _last)).error}
+    if not gains:
         return []
     spreads = []
-    for twin in dict.fromkeys(row.twin or "" for row in with_interval):
+    for twin in dict.fromkeys(row.twin or "" for row in runs.compared if row.name in gains):
         spread = runs.spread(twin, _last)
         assert spread is not None
         freedom = "degree" if spread.degrees == 1 else "degrees"
@@ -285,13 +285,18 @@ def _of_the_intervals(runs: _Runs) -> list[str]:
         "twin, what is left once the mean of each recipe and the effect of each seed are taken out (all recipes are "
         f"taken to scatter alike): {_joined(spreads)}."
     ]
-    if (count := len(with_interval)) > 1:
-        left = [f"`{row.name}`" for row in with_interval if runs.gain(row, _last).excludes_zero(widened(count))]
+    if len(gains) > 1:
+        left = _left_when_widened(gains)
         sentences.append(
-            f"Without any effect each of the {count} excludes zero in 1 of 20 studies; widened for their number "
-            f"(Bonferroni), {_joined(left) if left else 'none'} still {'do' if len(left) > 1 else 'does'}."
+            f"Without any effect each of the {len(gains)} excludes zero in 1 of 20 studies; widened for their number "
+            f"(Bonferroni), {_joined(left or ['none'])} still {'do' if len(left) > 1 else 'does'}."
         )
     return sentences
+
+
+def _left_when_widened(gains: Mapping[str, Estimate]) -> list[str]:
+    """Those whose interval excludes zero even where all of them are to hold at once."""
+    return [f"`{name}`" for name, gain in gains.items() if gain.excludes_zero(widened(len(gains)))]
 
 
 def _unequal_settings(runs: _Runs) -> str:
@@ -509,26 +514,28 @@ def _answer(deciding: Sequence[_Runs]) -> str:
     shortest = min(runs.epochs[0] for runs in deciding)
     ran = f"In our paired runs (one recipe, the same seeds) of {shortest} epochs and more,"
     # A row that two studies share is one setting.
-    known = {row.name: (runs, gain) for runs in deciding for row, gain in _tffd_gains(runs) if gain.error is not None}
+    known = {
+        row.name: (runs.study.recipe(row.name), gain)
+        for runs in deciding
+        for row, gain in _tffd_gains(runs)
+        if gain.error is not None
+    }
     if not known:
         return f"{ran} no setting of Tf-FD has several seeds, so nothing is shown."
-    told: dict[str, list[str]] = {"above": [], "below": []}
-    left = []
-    for name, (runs, gain) in known.items():
-        if not gain.excludes_zero():
-            continue
-        recipe = runs.study.recipe(name)
-        told[gain.verdict].append(
+    above, below = (
+        [
             f"`{name}` ({recipe.model}, {recipe.optim.epochs} epochs: {_signed(gain.mean)} points, {_interval(gain)}, "
             f"n = {gain.n})"
-        )
-        if gain.excludes_zero(widened(len(known))):
-            left.append(f"`{name}`")
-    above, below = (_joined(names) if names else "none" for names in told.values())
+            for name, (recipe, gain) in known.items()
+            if gain.verdict == verdict
+        ]
+        for verdict in ("above", "below")
+    )
+    left = _left_when_widened({name: gain for name, (_, gain) in known.items()})
     return (
         f"{ran} of the {len(known)} settings of Tf-FD with several seeds the whole 95 % interval is better than plain "
-        f"training for {above}, and worse for {below}. Once the intervals are widened for the number of settings "
-        f"(Bonferroni), they exclude zero for {_joined(left) if left else 'none'}."
+        f"training for {_joined(above or ['none'])}, and worse for {_joined(below or ['none'])}. Once the intervals "
+        f"are widened for the number of settings (Bonferroni), they exclude zero for {_joined(left or ['none'])}."
     )
 
 
