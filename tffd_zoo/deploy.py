@@ -10,8 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import platform
 import re
 import statistics
 import time
@@ -31,6 +29,7 @@ from ._version import __version__
 from .atomic import replacing_folder
 from .cli import run_cli
 from .data import EVAL_SPLITS, ImageSource, ImageSpec, eval_loader, open_source
+from .hardware import describe_hardware
 from .known_data import portable_source
 from .loading import check_model_name, load_model, number_classes, temperature_of
 from .markdown import markdown_table
@@ -207,7 +206,7 @@ def deploy(
                 "timm": timm.__version__,
                 "onnxruntime": files.onnxruntime.__version__,
             },
-            "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+            "hardware": describe_hardware(torch.device("cpu")),
             "timings": timings,
             **_measure(model, test, spec, temperature, aside, timings),
         }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data import ImageSpec
 from ..evaluation import eval_mode, model_cost
+from ..hardware import describe_hardware
 from .measurement import Figures, Measurement, Part, Sample
 from .setting import Setting
 from .subject import Subject
@@ -138,12 +139,8 @@ def _onnx(model: nn.Module, image: Tensor) -> Callable[[Tensor], Any]:
 
 def _machine(device: torch.device) -> dict[str, Any]:
     """What the times depend on; a load above the number of cores says that the machine had other work."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "hardware": hardware,
+        "hardware": describe_hardware(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "load_before": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,

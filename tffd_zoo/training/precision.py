@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from timm import create_model
 from torch.nn.functional import cross_entropy
 
+from ..hardware import native_bf16
 from ..json_files import read_json
 from ..loading import size_arguments
 from ..processes import Processes
@@ -68,19 +69,14 @@ def settle_precision(recipe: Recipe, images: int, state: PartialState) -> Settle
     return Settled(settled, _told(precision, compiled, reason))
 
 
-def native_bf16(device: torch.device) -> bool:
-    """Whether `device` has instructions for bf16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return False
+def describe_precision(precision: Precision, compiled: Compilation) -> str:
+    """Return how a run's steps are computed, in words."""
+    how = "eager but for its losses" if compiled == "losses" else "compiled" if compiled else "eager"
+    return f"{'float32' if precision == 'no' else precision}, {how}"
 
 
 def _told(precision: Precision, compiled: Compilation, reason: str) -> str:
-    how = "eager but for its losses" if compiled == "losses" else "compiled" if compiled else "eager"
-    return f"{'float32' if precision == 'no' else precision}, {how} ({reason})"
+    return f"{describe_precision(precision, compiled)} ({reason})"
 
 
 def _as_begun(run: RunConfig, begun: Path) -> tuple[Precision, Compilation, str]:

@@ -34,6 +34,7 @@ from ..cli import USER_ERRORS
 from ..data import ImageSource, ImageSpec, TrainSource
 from ..data.image_source import some_of
 from ..export_record import file_sha256
+from ..hardware import describe_hardware
 from ..json_files import read_json, write_json
 from ..processes import of_a_lost_process
 from ..recipe import Recipe, differences
@@ -48,7 +49,6 @@ from ..run_record import (
     read_recipe,
     weights_file,
 )
-from ..threads import cores_per_process
 from .pickles import first_line, refuse_code
 
 CHECKPOINT = "checkpoint.json"
@@ -340,17 +340,10 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "device": str(accelerator.device),
-        "hardware": _hardware(accelerator.device),
+        "hardware": describe_hardware(accelerator.device),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
     }
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} CPU, {cores_per_process()} cores, {capability}"
 
 
 def _commit() -> str | None:

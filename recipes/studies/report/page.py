@@ -14,6 +14,7 @@ from tffd_zoo.markdown import markdown_table
 from tffd_zoo.pictures import house_style, save_png
 from tffd_zoo.recipe import differences
 from tffd_zoo.run_record import RunRecord
+from tffd_zoo.training.precision import describe_precision
 
 from .charts import Gain, draw_gains, draw_lengths
 from .records import commit_of, read_records
@@ -393,10 +394,7 @@ def _conditions(runs: _Runs) -> str:
         ("model", lambda run: str(run.recipe["model"])),
         ("optimisation", optimisation),
         ("trained on", lambda run: f"{run.data['train']['images']:,} images of {run.data['source']}"),
-        (
-            "precision",
-            lambda run: {"no": "float32"}.get(run.recipe["run"]["precision"], run.recipe["run"]["precision"]),
-        ),
+        ("steps", lambda run: describe_precision(run.recipe["run"]["precision"], run.recipe["run"]["compile"])),
         ("hardware", hardware),
         ("versions", versions),
         ("commit", lambda run: commit_of(run.environment)),
