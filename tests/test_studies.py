@@ -93,8 +93,8 @@ def test_a_recipe_takes_a_step_and_its_losses_in_bf16_are_float32_numbers_near_t
     for loss in losses:
         assert exact[loss].isfinite()
         assert rounded[loss].dtype == torch.float32
-        # bf16 has 8 bits; a channel or two may change its place in the order, too.
-        torch.testing.assert_close(rounded[loss], exact[loss], rtol=0.01 if loss in ("loss", "ce") else 0.1, atol=0)
+        # bf16 has 8 bits, and processors sum in orders of their own; a channel or two may change its place, too.
+        torch.testing.assert_close(rounded[loss], exact[loss], rtol=0.02 if loss in ("loss", "ce") else 0.1, atol=0)
 
 
 def test_names_are_those_of_the_recipes_and_every_run_has_a_folder_of_its_own() -> None:
