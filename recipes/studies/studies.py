@@ -630,7 +630,8 @@ STUDENTS = Study(
     ),
     note=(
         "ResNet-18's pair of 40 epochs adds TrivialAugment and label smoothing 0.1 to the zoo's recipe, in both arms; "
-        "see [budget18-25](../budget18-25/README.md)."
+        "see [budget18-25](../budget18-25/README.md). Runs evaluate in bf16 and are told so here; weights that are "
+        "released are measured again in float32, which moves a figure by about a tenth of a point."
     ),
     decides=True,
 )
