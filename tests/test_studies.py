@@ -53,10 +53,10 @@ def task_and_batch(recipe: Recipe, digits: ImageSource) -> tuple[DistillationTas
     spec = build.image_spec(vary(recipe, recipe.name, data={"image_size": 8}), model)
     mixup = build.make_mixup(vary(recipe, recipe.name, data={"drop_last": True}), digits, 1)
     task = build.make_task(recipe, model, spec, digits, batches_per_epoch=1)
-    images, targets = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    images, targets = torch.randn(16, 3, 8, 8), torch.tensor([0, 1, 2, 3] * 4)
     if mixup is not None:
         images, targets = mixup(images, targets)
-    return task, (images, targets, torch.arange(4))
+    return task, (images, targets, torch.arange(16))
 
 
 def method(recipe: Recipe) -> str:
@@ -93,8 +93,8 @@ def test_a_recipe_takes_a_step_and_its_losses_in_bf16_are_float32_numbers_near_t
     for loss in losses:
         assert exact[loss].isfinite()
         assert rounded[loss].dtype == torch.float32
-        # bf16 has 8 bits, and processors sum in orders of their own; a channel or two may change its place, too.
-        torch.testing.assert_close(rounded[loss], exact[loss], rtol=0.02 if loss in ("loss", "ce") else 0.1, atol=0)
+        # bf16 has 8 bits; a channel or two may change its place in the order, too.
+        torch.testing.assert_close(rounded[loss], exact[loss], rtol=0.01 if loss in ("loss", "ce") else 0.1, atol=0)
 
 
 def test_names_are_those_of_the_recipes_and_every_run_has_a_folder_of_its_own() -> None:
