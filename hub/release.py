@@ -26,7 +26,7 @@ from tffd_zoo.export import export
 from tffd_zoo.export_record import WEIGHTS, ExportInfo, find_export, verify_export
 from tffd_zoo.known_data import find_dataset
 from tffd_zoo.loading import load_model, number_classes
-from tffd_zoo.model_card import unequal_settings
+from tffd_zoo.model_card import Twin, unequal_settings
 from tffd_zoo.models import (
     HubFile,
     Metrics,
@@ -137,7 +137,7 @@ def no_twin(info: ExportInfo, twin: ExportInfo) -> str:
         return "that is plain itself"
     if twin.name != name:
         return f"it is {twin.name}, and that would be {name}"
-    changed = unequal_settings(info.recipe, twin.recipe)
+    changed = unequal_settings(*(Twin(each.name, each.recipe, each.metrics) for each in (info, twin)))
     return f"they differ in {', '.join(changed)}" if changed else ""
 
 

@@ -358,6 +358,18 @@ def test_the_zoos_table_says_which_images_were_held_out_and_which_chose_the_weig
     assert "| uoft-cs/cifar100, test (images held out) |" in render_results([entry(held_out=5_000)])
 
 
+def test_the_zoos_table_tells_a_moving_average_and_that_its_twin_is_none() -> None:
+    averaged, plain = (
+        release("c100", 6_850, vary(TFFD, "tffd", optim={"ema_decay": 0.99})),
+        release("ce_c100", 6_870, PLAIN),
+    )
+    averaged = replace(averaged, metrics=replace(averaged.metrics, evaluation={"weights": "last_ema"}))
+    block = render_results([averaged, plain])
+    assert "- `tffd_resnet20.c100`: the moving average of the weights, decay 0.99\n" in block
+    assert "`tffd_resnet20.ce_c100`: the moving average" not in block
+    assert "also differ in ema_decay, weights (last_ema and last), so it is not the effect of one change." in block
+
+
 def test_the_command_replaces_the_figures_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     card = tmp_path / "CARD.md"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -114,6 +115,17 @@ def assert_same_run(run: Path, uninterrupted: Path) -> None:
 def train_all(*recipes: Recipe) -> None:
     for one in recipes:
         train(one)
+
+
+def test_a_finished_run_exports_its_moving_average_when_it_is_told_to(uninterrupted: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    exported = train(recipe(run, **STATEFUL, run={"weights": "last_ema"}))
+    average, last = last_weights(run, "last_ema"), last_weights(run)
+    found = load_file(exported / "model.safetensors")
+    assert all(torch.equal(found[name], average[name]) for name in average)
+    assert not torch.equal(found["head.fc.weight"], last["head.fc.weight"])
+    assert json.loads((exported / "metrics.json").read_text())["weights"] == "last_ema"
+    assert_same_run(run, uninterrupted)
 
 
 def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_bits_of_one_that_never_was(

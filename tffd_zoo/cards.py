@@ -25,6 +25,7 @@ from .model_card import (
     figures_shown,
     known_twin,
     short_method,
+    which_weights,
 )
 from .models import HubFile, Metrics, Release, plain_twin_name, releases
 
@@ -83,6 +84,10 @@ def render_results(released: Sequence[Release]) -> str:
         f"trained on: {escaped(hardware)}" for hardware in sorted({release.training.hardware for release in released})
     ]
     for release in released:
+        if which_weights(release.metrics.to_json()).endswith("_ema"):
+            lines.append(
+                f"`{release.name}`: the moving average of the weights, decay {release.recipe['optim']['ema_decay']:g}"
+            )
         if chosen_on_its_test(release.recipe, release.metrics.split, release.metrics.evaluation):
             lines.append(f"`{release.name}`: {CHOSEN_ON_ITS_TEST}")
         if twin := known_twin(release.name, release.recipe, released):

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -46,16 +46,13 @@ from .loading import size_arguments
 from .model_card import LICENSE, CardInfo, Twin, render_card
 from .models import tffd_imagenet
 from .ranges import POSITIVE
-from .run_record import CURVES, DATA, ENVIRONMENT, EXPORT, METRICS_LINES, RECIPE, RunRecord, weights_file
+from .run_record import CURVES, DATA, ENVIRONMENT, EXPORT, METRICS_LINES, RECIPE, RunRecord, RunWeights, weights_file
 from .run_record import MEND as MEND_OF_RUN
 from .tasks import method_tag
 
 NOT_TIMMS_WEIGHTS = dict.fromkeys(("origin_url", "paper_name", "paper_ids", "description", "notes"))
 """What an architecture's config says of the weights that timm has for it, and not of ours."""
 MEND = "make it with timm.create_model, and give what was changed afterwards as arguments there"
-
-
-RunWeights = Literal["last", "best", "last_ema", "best_ema"]
 
 
 def export(

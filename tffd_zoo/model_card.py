@@ -42,6 +42,11 @@ class Twin:
     metrics: Mapping[str, Any]
     released: bool = True
 
+    @property
+    def weights(self) -> str:
+        """Which of its run they are: `last`, `best`, `last_ema` or `best_ema`."""
+        return which_weights(self.metrics)
+
 
 @dataclass(frozen=True)
 class CardInfo:
@@ -209,7 +214,7 @@ def comparison(run: Twin, twin: Twin) -> str:
         f"{stands} {which}. That is one run against one run: how much the seed alone moves the figure was not "
         "measured here, so the difference says nothing about significance."
     )
-    changed = unequal_settings(run.recipe, twin.recipe)
+    changed = unequal_settings(run, twin)
     if changed:
         verdict += f" The two runs also differ in {', '.join(changed)}, so it is not the effect of one change."
     return verdict
@@ -234,16 +239,20 @@ def _trained_epochs(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> fl
     return metrics.get("trained_epochs", recipe["optim"]["epochs"])
 
 
-def unequal_settings(recipe: Mapping[str, Any], twin: Mapping[str, Any]) -> list[str]:
-    """Name the settings of data, optimisation and seed in which two runs differ."""
+def unequal_settings(run: Twin, twin: Twin) -> list[str]:
+    """Name the settings of data, optimisation and seed in which two runs differ, and whether their weights do."""
     operational = {"source", "workers", "in_memory"}
     changed = [
         key
         for section in ("data", "optim")
-        for key in sorted({*recipe[section], *twin[section]} - operational)
-        if recipe[section].get(key) != twin[section].get(key)
+        for key in sorted({*run.recipe[section], *twin.recipe[section]} - operational)
+        if run.recipe[section].get(key) != twin.recipe[section].get(key)
     ]
-    return changed + (["seed"] if recipe["run"]["seed"] != twin["run"]["seed"] else [])
+    if run.recipe["run"]["seed"] != twin.recipe["run"]["seed"]:
+        changed.append("seed")
+    if run.weights != twin.weights:
+        changed.append(f"weights ({run.weights} and {twin.weights})")
+    return changed
 
 
 def _training(info: CardInfo) -> str:
@@ -308,13 +317,18 @@ def _evaluation(info: CardInfo) -> str:
     return f"{bullets(lines)}\n\nRepeat it: {code(shlex.join(command))}"
 
 
+def which_weights(metrics: Mapping[str, Any]) -> str:
+    """Those of its run that figures are of, from an export's metrics or those of a manifest's entry."""
+    return metrics.get("weights") or metrics.get("evaluation", {}).get("weights", "last")
+
+
 def _weights_epoch(metrics: Mapping[str, Any]) -> float:
     """The epoch that the weights are from; exports of version 0.1 call it `epoch`."""
     return metrics["weights_epoch"] if "weights_epoch" in metrics else metrics["epoch"]
 
 
 def _limits(info: CardInfo) -> str:
-    evaluation = {**info.metrics["evaluation"], "weights": info.metrics.get("weights", "last")}
+    evaluation = {**info.metrics["evaluation"], "weights": which_weights(info.metrics)}
     lines = ["One run with one seed: no mean, no spread, no significance."]
     if chosen_on_its_test(info.recipe, evaluation["split"], evaluation):
         lines.append(CHOSEN_ON_ITS_TEST)

@@ -30,6 +30,7 @@ from .ranges import (
     SEED,
     check_ranges,
 )
+from .run_record import RunWeights
 from .tasks import (
     METHODS,
     BYOTConfig,
@@ -45,7 +46,7 @@ from .tasks import (
 # Fields that change where and how a run is kept, not what it computes: a resumed run may differ in them.
 OPERATIONAL = (
     "run.output", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.max_steps",
-    "run.threads", "run.eval_every", "data.workers", "data.in_memory",
+    "run.threads", "run.eval_every", "run.weights", "data.workers", "data.in_memory",
 )  # fmt: skip
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
@@ -190,8 +191,8 @@ class RunConfig:
     """Stop after so many steps, the schedules unchanged."""
     trackers: tuple[str, ...] = ()
     """Accelerate trackers by name, such as tensorboard or wandb."""
-    weights: Literal["last", "best"] = "last"
-    """Weights to export: after the last epoch, or of the best evaluation."""
+    weights: RunWeights = "last"
+    """Weights to export: after the last epoch or of the best evaluation, or their moving averages."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -235,6 +236,11 @@ class Recipe:
             raise ValueError(
                 "--compile losses saves passes over the features in Tf-FD by l2, ab or at, which this recipe is "
                 "without: say True to compile all of a step, False for nothing, or leave --compile out"
+            )
+        if self.run.weights.endswith("_ema") and self.optim.ema_decay is None:
+            raise ValueError(
+                f"--weights {self.run.weights} are a moving average, and none is kept; add --ema-decay, such as 0.999, "
+                f"or say --weights {self.run.weights.removesuffix('_ema')}"
             )
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .json_files import parse_json, read_json, read_text
 
@@ -22,6 +22,9 @@ CURVES = "curves.png"
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "weights"
 EXPORT = "export"
+
+RunWeights = Literal["last", "best", "last_ema", "best_ema"]
+"""The weights of a run: after the last epoch or of the best evaluation, or their moving averages."""
 
 KEYS = {
     RECIPE: ("name", "model", "data", "optim", "run"),
@@ -91,8 +94,8 @@ class RunRecord:
         """How far the run is."""
         return self.evaluations[-1]["epoch"] if self.evaluations else 0.0
 
-    def evaluation(self, weights: str) -> Mapping[str, Any]:
-        """The evaluation that the run's `last`, `best`, `last_ema` or `best_ema` weights are from."""
+    def evaluation(self, weights: RunWeights) -> Mapping[str, Any]:
+        """The evaluation that these weights of the run are from."""
         which, _, ema = weights.partition("_")
         top1 = "ema_top1" if ema else "top1"
         return self.evaluations[-1] if which == "last" else max(self.evaluations, key=lambda line: line[top1])
