@@ -1,6 +1,7 @@
 """Studies and their pages: recipes times seeds, paired differences with intervals, tables, sentences and a picture."""
 
-from .page import index_text, report_text, write_index, write_report
+from .index import index_text, write_index
+from .page import report_text, write_report
 from .records import changes, collect, read_record, record_file
 from .study import Published, Row, Study
 
