@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tffd_zoo.atomic import replacing_file, replacing_folder, restore_folder, save_tensors
+from tffd_zoo.atomic import replacing_file, replacing_folder, restore_folder, save_tensors, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +52,15 @@ def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path) -
         aside.write_text("new" * 1000)
     assert path.read_text() == "old"
     assert names(tmp_path) == {"file"}
+
+
+def test_a_text_is_utf8_in_a_folder_made_for_it(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "page.md"
+    write_text(place, "λ\n")
+    assert place.read_bytes() == b"\xce\xbb\n"
+    write_text(place, "new")
+    assert place.read_text() == "new"
+    assert [path.name for path in place.parent.iterdir()] == ["page.md"]
 
 
 def test_two_writers_of_one_file_do_not_meet_and_the_last_to_finish_stays_whole(tmp_path: Path) -> None:

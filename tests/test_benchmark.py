@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from recipes.studies import benchmark, imagenet_cost
-from recipes.studies.benchmark import BenchmarkConfig, TrainingStep, twins
+from recipes.studies.benchmark import BenchmarkConfig
+from recipes.studies.prices import TrainingStep, twins
 from recipes.studies.timing import Row, compare, interleave, peak_memory, summary
 
 # --- figures ----------------------------------------------------------------------------------------------------------

@@ -71,6 +71,13 @@ def replacing_folder(folder: Path | str) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all, in UTF-8 and with the line ends of `text`; its folder is made for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="\n")
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path | str, **metadata: str) -> None:
     """Write `tensors` as a safetensors file with `metadata`, equal to the byte whenever they are.
 

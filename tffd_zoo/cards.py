@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .atomic import replacing_file
+from .atomic import write_text
 from .cli import run_cli
 from .evaluation import FIGURES
 from .json_files import read_json
@@ -219,8 +219,7 @@ def main(config: CardsConfig) -> None:
         if config.check and fresh != card:
             raise ValueError(f"{path} is not up to date with manifest and suite; run python -m tffd_zoo.cards")
         if fresh != card:
-            with replacing_file(path) as aside:
-                aside.write_text(fresh)
+            write_text(path, fresh)
 
 
 def with_tables(text: str, name: str, suite: Suite) -> str:

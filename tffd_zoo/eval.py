@@ -26,7 +26,7 @@ from timm.data.model_config import resolve_input_data_config
 from torch import nn
 
 from .allocator import keep_freed_memory
-from .atomic import replacing_file
+from .atomic import replacing_file, write_text
 from .cli import run_cli
 from .data import EVAL_SPLITS, ImageSource, ImageSpec, Loader, NoSuchSplit, eval_loader, open_source
 from .data.image_source import some_of
@@ -246,8 +246,7 @@ def _images(record: Mapping[str, Any]) -> str:
 def write_records(records: Sequence[Mapping[str, Any]], json_file: Path | None, csv_file: Path | None) -> None:
     """Write the records whole or not at all; in CSV the evaluation settings are columns of their own."""
     if json_file:
-        with replacing_file(json_file) as aside:
-            aside.write_text(json.dumps(records, indent=2) + "\n")
+        write_text(json_file, json.dumps(records, indent=2) + "\n")
     if csv_file:
         rows = [{key: value for key, value in record.items() if key != "evaluation"} for record in records]
         with replacing_file(csv_file) as aside, aside.open("w", newline="") as file:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .atomic import replacing_file
+from .atomic import write_text
 
 
 def read_json(path: Path, mend: str) -> dict[str, Any]:
@@ -52,5 +52,4 @@ def read_text(path: Path, mend: str) -> str:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
-    with replacing_file(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from timm import create_model
 
-from tffd_zoo.atomic import replacing_file
+from tffd_zoo.atomic import write_text
 from tffd_zoo.cli import run_cli
 from tffd_zoo.evaluation import model_cost
 from tffd_zoo.markdown import markdown_table
@@ -136,9 +136,7 @@ def page(config: CostConfig) -> str:
 def main(config: CostConfig) -> None:
     """Write the page."""
     place = config.output / "imagenet.md"
-    text = page(config)
-    with replacing_file(place) as aside:
-        aside.write_text(text)
+    write_text(place, page(config))
     print(place)
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, resolve_model_input_args
 from torch import Tensor
 
-from ..atomic import replacing_file
+from ..atomic import replacing_file, write_text
 from ..data.loaders import ImageSpec
 from ..evaluation import COUNTS, FIGURES, EvalResult
 from ..json_files import read_json
@@ -437,8 +437,7 @@ def _write(released: Sequence[Release], manifest: Path) -> None:
         entry = release.to_json()
         content["label_sets"][release.label_set] = entry.pop("label_names")
         content["releases"].append(entry)
-    with replacing_file(manifest) as aside:
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(manifest, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     _read.cache_clear()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..atomic import replacing_file
+from ..atomic import write_text
 from ..json_files import write_json
 from ..markdown import markdown_table
 
@@ -121,8 +121,7 @@ PAIRS_TEXT = (
 
 def write_page(folder: Path) -> None:
     """Write the page of the CSV files in `folder`, and their rows as JSON."""
-    with replacing_file(folder / PAGE) as aside:
-        aside.write_text(page(folder), encoding="utf-8")
+    write_text(folder / PAGE, page(folder))
     write_json(folder / JSON, tables(folder))
 
 

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 
-from ..atomic import replacing_file, replacing_folder, save_tensors, sync
+from ..atomic import replacing_file, replacing_folder, save_tensors, sync, write_text
 from ..cli import USER_ERRORS
 from ..data import ImageSource, ImageSpec, TrainSource
 from ..data.image_source import some_of
@@ -146,8 +146,7 @@ class RunFolder:
         """Drop what was recorded after `step`: a resumed run records it again."""
         if self.accelerator.is_main_process and self.metrics_file.exists():
             kept = [record for record in self.read_metrics() if record["step"] <= step]
-            with replacing_file(self.metrics_file) as aside:
-                aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

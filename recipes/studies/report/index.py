@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tffd_zoo.atomic import write_text
 from tffd_zoo.markdown import markdown_table
 
-from .page import COMMAND, PAGE, PICTURE, write_page
+from .page import COMMAND, PAGE, PICTURE
 from .records import read_records
 from .statistics import Estimate
 from .study import Row, Study
@@ -24,7 +25,9 @@ OTHER_PAGES = {
 
 def write_index(studies: Iterable[Study], records: Path, results: Path) -> Path:
     """Write the page over all studies that have records, with links to theirs."""
-    return write_page(results / PAGE, index_text(studies, records, results))
+    page = results / PAGE
+    write_text(page, index_text(studies, records, results))
+    return page
 
 
 def index_text(studies: Iterable[Study], records: Path, results: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tffd_zoo.atomic import replacing_file
+from tffd_zoo.atomic import write_text
 from tffd_zoo.markdown import markdown_table
 from tffd_zoo.pictures import house_style, save_png
 from tffd_zoo.recipe import differences
@@ -45,19 +45,14 @@ def write_report(study: Study, records: Path, results: Path) -> Path:
             save_png(_gains_figure(runs), results / PICTURE)
         if lengths := _lengths(runs):
             save_png(draw_lengths(lengths), results / CURVE)
-    return write_page(results / PAGE, _render(runs))
+    page = results / PAGE
+    write_text(page, _render(runs))
+    return page
 
 
 def report_text(study: Study, records: Path) -> str:
     """The page of a study, as Markdown."""
     return _render(StudyRuns.read(study, records))
-
-
-def write_page(page: Path, text: str) -> Path:
-    page.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_file(page) as aside:
-        aside.write_text(text)
-    return page
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tffd_zoo.atomic import replacing_file
+from tffd_zoo.atomic import write_text
 from tffd_zoo.json_files import read_json
 from tffd_zoo.known_data import portable, portable_recipe, portable_source
 from tffd_zoo.recipe import differences
@@ -78,9 +78,7 @@ def write_record(record: RunRecord, file: Path) -> None:
     """Write JSON with a line for each part and for each line of the metrics."""
     parts = [f'"{name}":{_compact(getattr(record, name))}' for name in ("recipe", "environment", "data")]
     lines = ",\n".join(map(_compact, record.metrics))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_file(file) as aside:
-        aside.write_text("{\n" + ",\n".join(parts) + f',\n"metrics":[\n{lines}\n]\n}}\n')
+    write_text(file, "{\n" + ",\n".join(parts) + f',\n"metrics":[\n{lines}\n]\n}}\n')
 
 
 def _compact(value: Mapping[str, Any]) -> str:
