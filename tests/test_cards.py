@@ -367,6 +367,8 @@ def test_the_zoos_table_tells_a_moving_average_and_that_its_twin_is_none() -> No
     block = render_results([averaged, plain])
     assert "- `tffd_resnet20.c100`: the moving average of the weights, decay 0.99\n" in block
     assert "`tffd_resnet20.ce_c100`: the moving average" not in block
+    assert "Moving average of the weights: `tffd_resnet20.c100`. One run" in render_students([averaged, plain], {})
+    assert "oving average" not in render_students([plain], {})
     assert "also differ in ema_decay, weights (last_ema and last), so it is not the effect of one change." in block
 
 

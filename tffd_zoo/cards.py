@@ -25,7 +25,6 @@ from .model_card import (
     figures_shown,
     known_twin,
     short_method,
-    which_weights,
 )
 from .models import HubFile, Metrics, Release, plain_twin_name, releases
 
@@ -84,7 +83,7 @@ def render_results(released: Sequence[Release]) -> str:
         f"trained on: {escaped(hardware)}" for hardware in sorted({release.training.hardware for release in released})
     ]
     for release in released:
-        if which_weights(release.metrics.to_json()).endswith("_ema"):
+        if release.metrics.averaged:
             lines.append(
                 f"`{release.name}`: the moving average of the weights, decay {release.recipe['optim']['ema_decay']:g}"
             )
@@ -120,11 +119,14 @@ def render_students(released: Sequence[Release], suite: Suite) -> str:
                 f"{release.size / 1e6:.1f}",
             ]
         )
+    averaged = [f"`{each.name}`" for each in released if each.metrics.averaged and plain_twin_name(each.name)]
+    told = f"Moving average of the weights: {', '.join(averaged)}. " if averaged else ""
     headings = [*(FIGURES[name].heading for name in SHORT), CORRUPTED.heading]
     table = markdown_table(["student", "trained on", *headings, "MB"], rows)
     return (
-        f"{table}\n\nIn brackets: its plain twin, the same recipe and seed without Tf-FD. {_conditions(suite)}One run "
-        "each; [what the runs show](recipes/results/README.md) has the pairs of other seeds that were run."
+        f"{table}\n\nIn brackets: its plain twin, the same recipe and seed without Tf-FD. {told}"
+        f"{_conditions(suite)}One run each; [what the runs show](recipes/results/README.md) has the pairs of other seeds that "
+        "were run."
     )
 
 

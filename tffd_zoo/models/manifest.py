@@ -119,6 +119,11 @@ class Metrics:
             low, high = FIGURES[name].low, FIGURES[name].high
             _require(low <= value <= high, f"{name} {value} is out of range, which is {low:g} to {high:g}")
 
+    @property
+    def averaged(self) -> bool:
+        """Whether they are of the moving average of a run's weights."""
+        return self.evaluation.get("weights", "last").endswith("_ema")
+
     def to_json(self) -> dict[str, Any]:
         """One flat record, as the manifest holds it."""
         return {
