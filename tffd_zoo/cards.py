@@ -125,8 +125,8 @@ def render_students(released: Sequence[Release], suite: Suite) -> str:
     table = markdown_table(["student", "trained on", *headings, "MB"], rows)
     return (
         f"{table}\n\nIn brackets: its plain twin, the same recipe and seed without Tf-FD. {told}"
-        f"{_conditions(suite)}One run each; [what the runs show](recipes/results/README.md) has the pairs of other seeds that "
-        "were run."
+        f"{_conditions(suite)}One run each; [what the runs show](recipes/results/README.md) has the pairs of other "
+        "seeds that were run."
     )
 
 
