@@ -173,8 +173,9 @@ def test_the_twin_stands_beside_it_and_one_pair_of_runs_claims_nothing() -> None
     assert "says nothing about significance" in results
 
 
-def test_a_loss_is_reported_as_a_loss() -> None:
+def test_a_loss_is_reported_as_a_loss_and_no_difference_as_none() -> None:
     assert "0.88 points of top-1 below" in section(render_card(card_info(twin=twin(70.0))), "Results")
+    assert "are level in top-1 with `tffd_resnet20.ce_c100`. That is one" in render_card(card_info(twin=twin(69.123)))
 
 
 def test_a_twin_of_another_recipe_is_called_that() -> None:

@@ -207,8 +207,9 @@ def known_twin(name: str, recipe: Mapping[str, Any], released: Sequence[Release]
 
 def comparison(run: Twin, twin: Twin) -> str:
     """Say how a run stands to its twin, and what one pair of runs cannot tell."""
-    difference = run.metrics["top1"] - twin.metrics["top1"]
-    stands = f"{abs(difference):.2f} points of top-1 {'above' if difference >= 0 else 'below'}"
+    difference = round(run.metrics["top1"] - twin.metrics["top1"], 2)
+    above = f"{abs(difference):.2f} points of top-1 {'above' if difference > 0 else 'below'}"
+    stands = above if difference else "level in top-1 with"
     which = f"`{twin.name}`" if twin.released else f"`{twin.name}`, which is not released"
     verdict = (
         f"{stands} {which}. That is one run against one run: how much the seed alone moves the figure was not "
