@@ -58,7 +58,7 @@ def test_a_text_is_utf8_in_a_folder_made_for_it(tmp_path: Path) -> None:
     place = tmp_path / "new" / "page.md"
     write_text(place, "λ\n")
     assert place.read_bytes() == b"\xce\xbb\n"
-    write_text(place, "new")
+    write_text(str(place), "new")
     assert place.read_text() == "new"
     assert [path.name for path in place.parent.iterdir()] == ["page.md"]
 

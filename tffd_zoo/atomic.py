@@ -71,8 +71,9 @@ def replacing_folder(folder: Path | str) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path | str, text: str) -> None:
     """Write a text file, whole or not at all, in UTF-8 and with the line ends of `text`; its folder is made for it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as aside:
         aside.write_text(text, encoding="utf-8", newline="\n")
