@@ -721,6 +721,8 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, monkeypatch: pytest
     for part in parts.split(","):
         alone, together = read_csv(tmp_path / "one" / f"{part}.csv"), read_csv(tmp_path / "two" / f"{part}.csv")
         assert together == alone, part
+    ours, theirs = ({path.name for path in (tmp_path / kept).rglob("*.npz")} for kept in ("kept", "kept2"))
+    assert ours == theirs, "what two measured is there for one, and the other way round"
 
 
 def examine_on_one_of_two(folder: Path) -> None:

@@ -194,7 +194,7 @@ def examine(subject: Subject, parts: Sequence[Part], setting: Setting, results: 
 def _key(part: Part, subject: Subject, setting: Setting) -> str:
     settings = {name: str(getattr(setting.config, name)) for name in part.depends}
     source = [setting.source.name, setting.source.split, setting.source.fingerprint]
-    how = [subject.weights_hash, dataclasses.asdict(subject.spec), str(subject.amp_dtype), str(subject.device)]
+    how = [subject.weights_hash, dataclasses.asdict(subject.spec), str(subject.amp_dtype), subject.device.type]
     text = json.dumps([FORMAT, part.name, settings, source, how, setting.holdout], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
