@@ -216,7 +216,7 @@ def main(config: CardsConfig) -> None:
     """
     suite = read_json(config.suite, "measure the releases again, with python -m tffd_zoo.eval ... --suite")
     for path in config.cards:
-        card = path.read_text()
+        card = path.read_text(encoding="utf-8")
         fresh = with_tables(card, str(path), suite)
         if config.check and fresh != card:
             raise ValueError(f"{path} is not up to date with manifest and suite; run python -m tffd_zoo.cards")

@@ -42,11 +42,6 @@ class Twin:
     metrics: Mapping[str, Any]
     released: bool = True
 
-    @property
-    def weights(self) -> str:
-        """Which of its run they are: `last`, `best`, `last_ema` or `best_ema`."""
-        return which_weights(self.metrics)
-
 
 @dataclass(frozen=True)
 class CardInfo:
@@ -251,8 +246,9 @@ def unequal_settings(run: Twin, twin: Twin) -> list[str]:
     ]
     if run.recipe["run"]["seed"] != twin.recipe["run"]["seed"]:
         changed.append("seed")
-    if run.weights != twin.weights:
-        changed.append(f"weights ({run.weights} and {twin.weights})")
+    weights = [which_weights(each.metrics) for each in (run, twin)]
+    if weights[0] != weights[1]:
+        changed.append(f"weights ({' and '.join(weights)})")
     return changed
 
 

@@ -156,13 +156,13 @@ def _bench(config: BenchmarkConfig) -> Iterator[Bench]:
     keep_freed_memory()  # as the recipes do
     with tempfile.TemporaryDirectory() as scratch:
         yield Bench(
-            config.data,
-            open_source(config.data, "test"),
-            config.jpeg,
-            config.jpeg_split,
-            Accelerator(),
-            Path(scratch),
-            config.effort,
+            data=config.data,
+            source=open_source(config.data, "test"),
+            jpeg=config.jpeg,
+            jpeg_split=config.jpeg_split,
+            accelerator=Accelerator(),
+            scratch=Path(scratch),
+            effort=config.effort,
         )
 
 
