@@ -126,7 +126,7 @@ def test_a_row_differs_from_its_twin_in_what_it_says() -> None:
     assert changes("screen-kd-resnet20") == {"teacher"}
     assert changes("budget-batch64") == {"optim.batch_size", "optim.lr"}
     assert changes("zoo-resnet20-90") == {"tffd", "run.compile"}  # of the losses alone, which its twin has not
-    assert changes("zoo-vgg8-50") == {"tffd"}
+    assert changes("zoo-resnet8x4-50") == {"tffd"}
     assert RECIPES["screen-share-20"].tffd.share_intra == 0.2  # type: ignore[union-attr]
 
 
