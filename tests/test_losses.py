@@ -102,6 +102,7 @@ def double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 LAYOUTS = pytest.mark.parametrize(
     "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
 )
+TILES = pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "no tiles"])
 LOSSES = pytest.mark.parametrize(
     ("loss", "reduction"),
     [("l2", "mean"), ("l2", "sum"), ("ab", "mean"), ("at", "mean"), ("sp", "mean"), ("ickd", "mean")],
@@ -190,11 +191,13 @@ def test_the_lean_inter_loss_takes_any_deep_channels_and_any_shapes(which: Any, 
 
 
 @LAYOUTS
+@TILES
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "two-way"])
 @pytest.mark.parametrize(("loss", "which"), [("l2", "first"), ("l2", "group_mean"), ("at", "first")])
 def test_losses_of_half_precision_take_differences_before_they_round(
-    loss: Any, which: Any, detach: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    loss: Any, which: Any, detach: bool, tiles: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_lean, "HAS_TILES", tiles)
     shapes: list[tuple[int, ...]] = [(5, 8, 8, 8), (5, 70, 4, 4), (5, 80, 4, 4), (5, 6, 3, 3)]
     monkeypatch.setattr(_lean, "CHUNK", 2 * 8 * 8 * 8)  # batches of five are taken in several chunks
     # Far from zero and close to each other: rounded first, differences of 0.05 would be off by 0.008.
@@ -215,6 +218,22 @@ def test_losses_of_half_precision_take_differences_before_they_round(
     for (mine, gradient), (theirs, exact_gradient) in zip(results[:2], results[2:], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=0)
         assert (gradient - exact_gradient).norm() < 0.004 * exact_gradient.norm()  # half of the last of eight bits
+
+
+def test_one_salient_channel_of_the_most_that_products_mix_keeps_its_small_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_lean, "HAS_TILES", True)
+    channels = _lean.FEW_FOR_TILES
+    half = (3 + 0.05 * torch.randn(2, channels, 4, 4)).bfloat16().contiguous(memory_format=torch.channels_last)
+    exact = half.double()
+    teachers = [pair_channels(torch.randn(channels), ratio=1 / channels)]
+    gradients = []
+    for feature, loss in ((half, partial(_lean.intra_layer_loss, ratio=1 / channels)), (exact, intra_layer_loss)):
+        value = loss([feature.requires_grad_()], teachers, detach_salient=False)
+        gradients.append(torch.autograd.grad(value, feature)[0].double())
+    # It is the sum of 255 differences, for which the matrix has a 255: a whole number that bf16 must hold.
+    assert (gradients[0] - gradients[1]).norm() < 0.004 * gradients[1].norm()
 
 
 @pytest.mark.parametrize(("name", "size"), [("tffd_resnet20", 30), ("tffd_vgg8", 28), ("tffd_resnet18", 176)])
@@ -252,10 +271,13 @@ def test_a_features_gradient_comes_back_in_its_own_layout_and_type(
 
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@TILES
 @pytest.mark.parametrize("loss", ["l2", "at"])
 def test_the_losses_compile_to_one_graph_and_equal_the_eager_ones(
-    loss: Any, dtype: torch.dtype, layout: torch.memory_format
+    loss: Any, tiles: bool, dtype: torch.dtype, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_lean, "HAS_TILES", tiles)
+    torch.compiler.reset()  # every case compiles the same function
     torch.manual_seed(2)
     features = [torch.randn(2, *shape).to(dtype, memory_format=layout) for shape in ((6, 8, 8), (9, 4, 4))]
     saliences = [torch.randn(6), torch.randn(9)]

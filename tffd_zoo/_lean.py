@@ -20,6 +20,9 @@ from .losses import DeepChannels, check_pairs, deep_channels_of, distance, salie
 
 FEW_CHANNELS = 64
 """Up to so many, a matrix product selects channels faster than indexing does."""
+FEW_FOR_TILES = 256
+"""The same in bf16 where a CPU multiplies whole tiles of it; bf16 holds the whole numbers of the matrices up to 256."""
+HAS_TILES = bool(torch.cpu.get_capabilities().get("amx_tile"))
 
 
 def in_float32(features: Sequence[Tensor]) -> list[Tensor]:
@@ -96,12 +99,14 @@ def _lies_in_pixels(features: Tensor) -> bool:
 
 
 def _mixes_fast(features: Tensor) -> bool:
-    """Whether `_mix_channels` beats indexing: on a CPU, few channels side by side, products in full precision."""
+    """Whether `_mix_channels` beats indexing: on a CPU, few channels side by side, products that round no value."""
+    if features.device.type != "cpu" or not _lies_in_pixels(features):
+        return False
+    if HAS_TILES and features.dtype == torch.bfloat16:
+        return features.shape[1] <= FEW_FOR_TILES
     return (
         not torch.compiler.is_compiling()  # first: the precision would break the graph
-        and features.device.type == "cpu"
         and features.shape[1] <= FEW_CHANNELS
-        and _lies_in_pixels(features)
         and torch.get_float32_matmul_precision() == "highest"
     )
 
@@ -137,7 +142,8 @@ def intra_layer_loss(
             continue
         if loss == "l2":
             count = batch * (redundant * height * width if reduction == "mean" else 1)
-            squares: Tensor = _PairedSquaredError.apply(_as_read(feature), teacher, detach_salient)
+            read = feature if _mixes_fast(feature) else _as_read(feature)
+            squares: Tensor = _PairedSquaredError.apply(read, teacher, detach_salient)
             differentiate_with(squares, feature)
             total = total + squares / count
         else:
@@ -176,9 +182,10 @@ class _PairedSquaredError(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         features, teacher = ctx.saved_tensors
         if _mixes_fast(features):
-            matrix = _differences(teacher)
-            matrix = -matrix if ctx.detach_salient else matrix @ matrix.mT
-            return _mix_channels(features, matrix).mul_(2 * grads[0]), None, None
+            matrix, sign = _differences(teacher), -1  # the forward pass's own product, which a compiler takes once
+            if not ctx.detach_salient:
+                matrix, sign = matrix @ matrix.mT, 1
+            return _mix_channels(features, matrix).mul_(sign * 2 * grads[0]), None, None
         grad = _take_channels(features, teacher).sub_(features).mul_(-2 * grads[0])
         if not ctx.detach_salient:
             grad = grad.index_add(1, teacher, -grad)
@@ -480,8 +487,9 @@ def map_norms(features: Tensor) -> Tensor:
     features = features.float()
     if features.is_contiguous():
         return torch.linalg.vector_norm(features, dim=(2, 3))
-    # Over a strided map (channels_last) that reduction is not vectorised; two passes take half its time.
-    return features.square().sum((2, 3)).sqrt()
+    # Over a strided map (channels_last) that reduction is not vectorised. Two passes take half its time, the second
+    # a quarter when it adds up rows of channels, one for every place.
+    return features.permute(0, 2, 3, 1).flatten(1, 2).square().sum(1).sqrt()
 
 
 _COUNTER_BITS = 6
