@@ -25,7 +25,7 @@ from accelerate.utils import parse_flag_from_env
 from timm.data.model_config import resolve_input_data_config
 from torch import nn
 
-from .allocator import keep_freed_memory
+from .allocator import tune_memory
 from .atomic import replacing_file, write_text
 from .cli import run_cli
 from .data import EVAL_SPLITS, ImageSource, ImageSpec, Loader, NoSuchSplit, eval_loader, open_source
@@ -101,7 +101,7 @@ def main(config: EvalConfig) -> None:
     models = expand_names(config.models)
     for name in models:
         check_model_name(name)
-    keep_freed_memory()
+    tune_memory()
     state, device = _processes_and_device(config.device)
     threads = use_threads(config.threads, state.num_processes)
     source = _open(config, state)

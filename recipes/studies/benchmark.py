@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 from accelerate import Accelerator
 
-from tffd_zoo.allocator import keep_freed_memory
+from tffd_zoo.allocator import tune_memory
 from tffd_zoo.atomic import write_text
 from tffd_zoo.cli import run_cli
 from tffd_zoo.data import open_source
@@ -153,7 +153,7 @@ def main(config: BenchmarkConfig) -> None:
 
 @contextmanager
 def _bench(config: BenchmarkConfig) -> Iterator[Bench]:
-    keep_freed_memory()  # as the recipes do
+    tune_memory()  # as the recipes do
     with tempfile.TemporaryDirectory() as scratch:
         yield Bench(
             data=config.data,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from tffd_zoo.allocator import HUGE_PAGES, tune_memory
 from tffd_zoo.data import ImageSource, ImageSpec, eval_loader, open_source
 from tffd_zoo.evaluation import evaluate, model_cost
 from tffd_zoo.recipe import Compilation, Recipe, vary
@@ -451,6 +453,32 @@ def importing(bench: Bench) -> Iterator[Row]:
     yield summary("importing", "import tffd_zoo after import timm", values, unit="ms", bound="<=", target=150)
 
 
+def pages(bench: Bench) -> Iterator[Row]:
+    """Steps in bf16 of a process whose tensors lie in huge pages, over one's in usual pages: a process a figure."""
+    for model, batch in (("tffd_resnet20", 128), ("tffd_vgg8", 128), ("tffd_wrn16_2", 64)):
+        for name in ("plain", "tffd"):
+            code = "import sys; from recipes.studies.prices import print_seconds; print_seconds(*sys.argv[1:])"
+            command = [sys.executable, "-c", code, bench.data, model, str(batch), name]
+            times: dict[str, list[float]] = {"1": [], "0": []}
+            for _ in range(bench.rounds(5)):
+                for huge, seconds in times.items():
+                    environment = os.environ | {HUGE_PAGES: huge}
+                    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+                    seconds.append(float(run.stdout))
+            what = f"{model.removeprefix('tffd_')} at 32 px, batch {batch}, bf16, {name}: huge pages / usual ones"
+            yield compare("pages", what, times["1"], times["0"])
+
+
+def print_seconds(data: str, model: str, batch: str, name: str) -> None:
+    """What a step of one of the `twins` takes in this process: the median of ten."""
+    tune_memory()
+    recipe = _in_bf16(twins(model, 32, int(batch)))[name]
+    source, folder = open_source(data, "test"), Path()
+    bench = Bench(data, source, jpeg=None, jpeg_split="", accelerator=Accelerator(), scratch=folder)
+    step = TrainingStep(recipe, bench, compiled="losses" if name == "tffd" else False)
+    print(statistics.median(interleave({name: step}, 10, warmup=3)[name]))
+
+
 def growth(bench: Bench) -> Iterator[Row]:
     """How the price of Tf-FD grows, in eager mode: the cases differ from the first in one thing each."""
     cases: dict[str, dict[str, Any]] = {
@@ -492,6 +520,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
         evaluation,
         importing,
         layouts,
+        pages,
         growth,
     )
 }

@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
-from ..allocator import keep_freed_memory
+from ..allocator import tune_memory
 from ..data import Batch, Loader
 from ..evaluation import FIGURES, EvalResult, NonFiniteLogits, evaluate
 from ..export import export_run
@@ -70,7 +70,7 @@ def train(recipe: Recipe) -> Path:
         NonFiniteLoss: a loss became NaN or infinite; the checkpoints are from before that.
     """
     # --- processes, data and precision --------------------------------------------------------------------------------
-    keep_freed_memory()
+    tune_memory()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     threads = use_threads(recipe.run.threads, state.num_processes)
     check_network(recipe)
