@@ -455,7 +455,7 @@ def importing(bench: Bench) -> Iterator[Row]:
 
 def pages(bench: Bench) -> Iterator[Row]:
     """Steps in bf16 of a process whose tensors lie in huge pages, over one's in usual pages: a process a figure."""
-    for model, batch in (("tffd_resnet20", 128), ("tffd_vgg8", 128), ("tffd_wrn16_2", 64)):
+    for model, batch in (("tffd_resnet20", 128), ("tffd_vgg8", 128)):
         for name in ("plain", "tffd"):
             code = "import sys; from recipes.studies.prices import print_seconds; print_seconds(*sys.argv[1:])"
             command = [sys.executable, "-c", code, bench.data, model, str(batch), name]
