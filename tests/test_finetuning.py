@@ -59,7 +59,7 @@ def test_the_body_has_the_released_weights_and_the_head_fits_the_data() -> None:
             r"names the weights 'ce_c100'; add --pretrained .* or train tffd_resnet20 from scratch",
         ),
         ({"pretrained": False, "model": "hf-hub:org/name"}, "hf-hub:org/name names weights; add --pretrained"),
-        ({"model": "tffd_vgg8"}, "tffd_vgg8 has no weights"),
+        ({"model": "tffd_vgg13"}, "tffd_vgg13 has no weights"),
         ({"model": "tffd_resnet20.c10"}, r"has no weights 'c10'; choose one of tffd_resnet20\.c100"),
         ({"pretrained": False, "model": "tffd_resnet21"}, "did you mean"),
     ],
