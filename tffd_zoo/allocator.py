@@ -16,9 +16,9 @@ def tune_memory() -> None:
     By default glibc returns every block of some MiB to the system, and gets the next one page by page, zeroed: tens of
     thousands of page faults in a training step on CPU. Kept, the peak of the memory stays the same, and lasts.
 
-    Pages are 4 KiB, and a feature map has thousands; most of the steps' passes over memory wait for their addresses.
-    Linux gives pages of 2 MiB where it is asked for them, as torch does once it is told to. Paid for by `pages` in
-    recipes/results/benchmark; set `THP_MEM_ALLOC_ENABLE=0` to do without.
+    Pages are 4 KiB, and a large feature map has thousands, whose addresses every pass over it waits for. Linux gives
+    pages of 2 MiB where it is asked for them, as torch does once it is told to. VGG8, with 34 MB of features a batch,
+    pays for it in `pages` of recipes/results/benchmark; ResNet-20 gains nothing. `THP_MEM_ALLOC_ENABLE=0` does without.
 
     Elsewhere than on Linux under glibc this does nothing.
     """
