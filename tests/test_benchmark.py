@@ -12,7 +12,7 @@ from torch import nn
 
 from recipes.studies import benchmark, imagenet_cost
 from recipes.studies.benchmark import BenchmarkConfig
-from recipes.studies.prices import TrainingStep, twins
+from recipes.studies.prices import TrainingStep, open_bench, twins
 from recipes.studies.timing import Row, compare, interleave, peak_memory, summary
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_peak_memory_is_what_lies_there_and_the_worst_moment_on_top() -> None:
 
 
 def test_tffd_needs_three_percent_more_memory_at_most_than_plain_training() -> None:
-    with benchmark._bench(BenchmarkConfig(data="digits")) as bench:
+    with open_bench("digits") as bench:
         tffd, plain = (TrainingStep(recipe, bench).memory for recipe in twins("tffd_resnet20", 32, 128).values())
     assert 1 < tffd / plain <= 1.03
 

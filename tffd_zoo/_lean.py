@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .feature_losses import FeatureLoss, Reduction, align
+from .hardware import multiplies_tiles
 from .losses import DeepChannels, check_pairs, deep_channels_of, distance, salient_count
 
 # --- the features -----------------------------------------------------------------------------------------------------
@@ -22,7 +23,7 @@ FEW_CHANNELS = 64
 """Up to so many, a matrix product selects channels faster than indexing does."""
 FEW_FOR_TILES = 256
 """The same in bf16 where a CPU multiplies whole tiles of it; bf16 holds the whole numbers of the matrices up to 256."""
-HAS_TILES = bool(torch.cpu.get_capabilities().get("amx_tile"))
+HAS_TILES = multiplies_tiles(torch.device("cpu"))
 
 
 def in_float32(features: Sequence[Tensor]) -> list[Tensor]:
@@ -182,10 +183,10 @@ class _PairedSquaredError(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         features, teacher = ctx.saved_tensors
         if _mixes_fast(features):
-            matrix, sign = _differences(teacher), -1  # the forward pass's own product, which a compiler takes once
+            matrix = _differences(teacher)  # as in the forward pass: a compiler takes that product once
             if not ctx.detach_salient:
-                matrix, sign = matrix @ matrix.mT, 1
-            return _mix_channels(features, matrix).mul_(sign * 2 * grads[0]), None, None
+                matrix = -(matrix @ matrix.mT)
+            return _mix_channels(features, matrix).mul_(-2 * grads[0]), None, None
         grad = _take_channels(features, teacher).sub_(features).mul_(-2 * grads[0])
         if not ctx.detach_salient:
             grad = grad.index_add(1, teacher, -grad)
@@ -487,8 +488,8 @@ def map_norms(features: Tensor) -> Tensor:
     features = features.float()
     if features.is_contiguous():
         return torch.linalg.vector_norm(features, dim=(2, 3))
-    # Over a strided map (channels_last) that reduction is not vectorised. Two passes take half its time, the second
-    # a quarter when it adds up rows of channels, one for every place.
+    # Over a strided map (channels_last) that reduction is not vectorised. Two passes are, where the second adds up rows
+    # of channels, one for every place.
     return features.permute(0, 2, 3, 1).flatten(1, 2).square().sum(1).sqrt()
 
 

@@ -21,11 +21,10 @@ def describe_hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return f"{device.type}, {platform.machine()}"
-    found = torch.cpu.get_capabilities()
     instructions = [torch.backends.cpu.get_cpu_capability()]
     instructions += ["bf16"] if native_bf16(device) else []
-    instructions += ["AMX"] if found.get("amx_tile") else []
-    make = found.get("cpu_name") or "CPU"
+    instructions += ["AMX"] if multiplies_tiles(device) else []
+    make = torch.cpu.get_capabilities().get("cpu_name") or "CPU"
     return f"{make} ({platform.machine()}), {cores_per_process()} cores, {' + '.join(instructions)}"
 
 
@@ -37,3 +36,8 @@ def native_bf16(device: torch.device) -> bool:
         found = torch.cpu.get_capabilities()
         return any(found.get(name, False) for name in BF16_INSTRUCTIONS)
     return False
+
+
+def multiplies_tiles(device: torch.device) -> bool:
+    """Whether `device` is a CPU that multiplies whole tiles of bf16: Intel's AMX."""
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_tile"))

@@ -14,26 +14,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from accelerate import Accelerator
 
-from tffd_zoo.allocator import tune_memory
 from tffd_zoo.atomic import write_text
 from tffd_zoo.cli import run_cli
-from tffd_zoo.data import open_source
 from tffd_zoo.markdown import markdown_table
 from tffd_zoo.pictures import COLOURS, NEUTRAL, house_style, save_png
 from tffd_zoo.ranges import POSITIVE
 from tffd_zoo.training.run_folder import environment
 
-from .prices import PARTS, Bench
+from .prices import PARTS, open_bench
 from .report.records import commit_of
 from .timing import Row
 
@@ -138,7 +133,7 @@ def main(config: BenchmarkConfig) -> None:
         if not record["rows"]:
             raise ValueError(f"{place} holds no figures: run the benchmark without --report first")
     else:
-        with _bench(config) as bench:
+        with open_bench(config.data, config.jpeg, config.jpeg_split, config.effort) as bench:
             measured = environment(bench.accelerator)  # once: what this writes makes the clone another than its commit
             for part in config.parts or PARTS:
                 kept = [row for row in record["rows"] if row["part"] != part]
@@ -149,21 +144,6 @@ def main(config: BenchmarkConfig) -> None:
     draw([Row(**row) for row in record["rows"]], config.output / "methods.png")
     write_text(config.output / "README.md", page(record))
     print(config.output / "README.md")
-
-
-@contextmanager
-def _bench(config: BenchmarkConfig) -> Iterator[Bench]:
-    tune_memory()  # as the recipes do
-    with tempfile.TemporaryDirectory() as scratch:
-        yield Bench(
-            data=config.data,
-            source=open_source(config.data, "test"),
-            jpeg=config.jpeg,
-            jpeg_split=config.jpeg_split,
-            accelerator=Accelerator(),
-            scratch=Path(scratch),
-            effort=config.effort,
-        )
 
 
 def _shown(rows: Iterator[Row]) -> Iterator[Row]:

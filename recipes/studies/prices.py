@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -57,6 +59,16 @@ class Bench:
 
     def rounds(self, usual: int) -> int:
         return max(2, round(usual * self.effort))
+
+
+@contextmanager
+def open_bench(
+    data: str, jpeg: str | None = None, jpeg_split: str = "validation", effort: float = 1.0
+) -> Iterator[Bench]:
+    """What the parts share, in a process whose memory is tuned as that of the recipes."""
+    tune_memory()
+    with TemporaryDirectory() as scratch:
+        yield Bench(data, open_source(data, "test"), jpeg, jpeg_split, Accelerator(), Path(scratch), effort)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -470,13 +482,11 @@ def pages(bench: Bench) -> Iterator[Row]:
 
 
 def print_seconds(data: str, model: str, batch: str, name: str) -> None:
-    """What a step of one of the `twins` takes in this process: the median of ten."""
-    tune_memory()
+    """Print what a step of one of the `twins` takes in this process, the median of ten."""
     recipe = _in_bf16(twins(model, 32, int(batch)))[name]
-    source, folder = open_source(data, "test"), Path()
-    bench = Bench(data, source, jpeg=None, jpeg_split="", accelerator=Accelerator(), scratch=folder)
-    step = TrainingStep(recipe, bench, compiled="losses" if name == "tffd" else False)
-    print(statistics.median(interleave({name: step}, 10, warmup=3)[name]))
+    with open_bench(data) as bench:
+        step = TrainingStep(recipe, bench, compiled="losses" if name == "tffd" else False)
+        print(statistics.median(interleave({name: step}, 10, warmup=3)[name]))
 
 
 def growth(bench: Bench) -> Iterator[Row]:

@@ -609,7 +609,6 @@ def authors_pair(network: str, epochs: int, **data: Any) -> tuple[Row, Row]:
 
 ZOO = vary(train_cifar100.ZOO_PLAIN, "zoo", run=EVERY_FIFTH)
 FROM_WRN_ON: dict[str, Any] = {"weights": "last_ema"}
-COMPILED_FROM_WRN_ON: dict[str, Any] = {**FROM_WRN_ON, "compiled": True}
 RESNET20 = pair("resnet20", 90, (0, 1, 2), Published(68.83, PUBLIC_ZOO), TFFD)
 
 LENGTHS = Study(
@@ -628,10 +627,14 @@ STUDENTS = Study(
         *authors_pair("resnet18", 25, image_size=64),
         *pair("resnet18", 40, (0,), label_smoothing=0.1, image_size=64, auto_augment="trivial"),
         *pair("resnet32", 60, (0,), Published(70.16, PUBLIC_ZOO), Published(72.55, POSTER, 71.14), compiled=True),
-        *pair("wrn16_2", 60, (0,), Published(73.26, CRD), Published(74.33, POSTER, 73.26), **COMPILED_FROM_WRN_ON),
+        *pair(
+            "wrn16_2", 60, (0,), Published(73.26, CRD), Published(74.33, POSTER, 73.26), compiled=True, **FROM_WRN_ON
+        ),
         *pair("vgg8", 40, (0,), Published(70.36, CRD), Published(71.62, POSTER, 70.36), **FROM_WRN_ON),
-        *pair("resnet8x4", 50, (0,), Published(72.50, CRD), Published(73.62, POSTER, 72.50), **COMPILED_FROM_WRN_ON),
-        *pair("resnet56", 40, (0,), Published(72.63, PUBLIC_ZOO), **COMPILED_FROM_WRN_ON),
+        *pair(
+            "resnet8x4", 50, (0,), Published(72.50, CRD), Published(73.62, POSTER, 72.50), compiled=True, **FROM_WRN_ON
+        ),
+        *pair("resnet56", 40, (0,), Published(72.63, PUBLIC_ZOO), compiled=True, **FROM_WRN_ON),
     ),
     note=(
         "ResNet-18's pair of 40 epochs adds TrivialAugment and label smoothing 0.1 to the zoo's recipe, in both arms; "
