@@ -27,6 +27,7 @@ from tffd_zoo.data import ImageSource, ImageSpec, eval_loader, open_source
 from tffd_zoo.evaluation import evaluate, model_cost
 from tffd_zoo.recipe import Compilation, Recipe, vary
 from tffd_zoo.run_record import METRICS_LINES, read_metrics, weights_file
+from tffd_zoo.small_maps import skip_padded_taps
 from tffd_zoo.stages import find_stages
 from tffd_zoo.tasks import CANONICAL
 from tffd_zoo.training import train
@@ -78,10 +79,18 @@ class TrainingStep:
     """One training step of a recipe, on one batch of noise: forward, losses, backward, update."""
 
     def __init__(
-        self, recipe: Recipe, bench: Bench, *, compiled: Compilation = False, layout: torch.memory_format | None = None
+        self,
+        recipe: Recipe,
+        bench: Bench,
+        *,
+        compiled: Compilation = False,
+        layout: torch.memory_format | None = None,
+        every_tap: bool = False,
     ) -> None:
         torch.manual_seed(0)
         model = create_model(recipe.model, num_classes=bench.source.num_classes)
+        if not every_tap:
+            skip_padded_taps(model)
         spec = image_spec(recipe, model)
         device = bench.accelerator.device
         layout = memory_format(recipe, bench.accelerator) if layout is None else layout
@@ -465,6 +474,15 @@ def importing(bench: Bench) -> Iterator[Row]:
     yield summary("importing", "import tffd_zoo after import timm", values, unit="ms", bound="<=", target=150)
 
 
+def taps(bench: Bench) -> Iterator[Row]:
+    """Plain eager steps of networks whose last maps are smaller than a kernel: the taps that meet them / every tap."""
+    for name, change in (("float32", {}), ("bf16", BF16)):
+        recipe = vary(twins("tffd_resnet18", 32, 128)["plain"], "plain", **change)
+        pair = {"met": TrainingStep(recipe, bench), "every": TrainingStep(recipe, bench, every_tap=True)}
+        times = interleave(pair, bench.rounds(20), warmup=2)
+        yield compare("taps", f"resnet18 at 32 px, batch 128, {name}", times["met"], times["every"])
+
+
 def pages(bench: Bench) -> Iterator[Row]:
     """Steps in bf16 of a process whose tensors lie in huge pages, over one's in usual pages: a process a figure."""
     for model, batch in (("tffd_resnet20", 128), ("tffd_vgg8", 128)):
@@ -530,6 +548,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
         evaluation,
         importing,
         layouts,
+        taps,
         pages,
         growth,
     )
