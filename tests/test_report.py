@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -44,6 +45,16 @@ def collect_all(tmp_path: Path, seeds: int = 3, names: tuple[str, ...] = tuple(T
         for seed in range(seeds if row.name in names else 0):
             collect(write_run(tmp_path / "runs", STUDY.recipe(row.name), seed, TOP1[row.name][seed]), records)
     return records
+
+
+def collect_pair(tmp_path: Path, seed: int, **environment: object) -> Path:
+    """A pair of runs, of which that with Tf-FD has something else in its environment; the folder of the records."""
+    plain, tffd = (write_run(tmp_path / "runs", recipe, seed, 60.0) for recipe in (PLAIN, TFFD))
+    about = tffd / "environment.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | environment))
+    for run in (plain, tffd):
+        collect(run, tmp_path / "records")
+    return tmp_path / "records"
 
 
 def report(records: Path) -> Path:
@@ -124,6 +135,22 @@ def test_the_tables_show_hand_worked_means_differences_and_intervals(tmp_path: P
     # median of 100, 1000 and 1000 over that of 80, 800 and 800
     assert table_row(page, "tffd", "Cost")[1:] == ["800", "1.25 (1.25 to 1.25)"]
     assert table_row(page, "tffd", "Gradient shares")[1:] == ["intra", "3", "5", "5"]
+
+
+@pytest.mark.parametrize(("what", "value"), [("hardware", "another CPU"), ("threads", 1)])
+def test_runs_on_unlike_machines_give_no_ratio_of_times(tmp_path: Path, what: str, value: object) -> None:
+    page = report_text(STUDY, collect_pair(tmp_path, 0, **{what: value}))
+    assert table_row(page, "tffd", "Cost")[1:] == ["800", "-"]
+
+
+def test_a_ratio_of_times_by_different_commits_is_starred_and_makes_way_for_one_of_the_same(tmp_path: Path) -> None:
+    page = report_text(STUDY, collect_pair(tmp_path, 1, commit="fedcba9876543210"))
+    # medians of 100, 1000, 1010 and of 80, 800, 810
+    assert table_row(page, "tffd", "Cost")[1:] == ["800", "1.25 *"]
+    assert "* Of runs by different commits, between which the code may have become faster or slower." in page
+    page = report_text(STUDY, collect_pair(tmp_path, 0))
+    assert table_row(page, "tffd", "Cost")[1:] == ["800", "1.25"]
+    assert "different commits" not in page
 
 
 def test_the_sentences_say_what_is_significant_and_what_is_not(tmp_path: Path) -> None:

@@ -198,14 +198,20 @@ def _cost(runs: StudyRuns) -> str:
         known = [rate for rate in rates if rate]
         if len(known) > 1:
             spreads.append((max(known) - min(known)) / statistics.median(known))
+        pairs = [
+            (ours, theirs) for each, _, ours, theirs in runs.pairs() if each is row and _same_machine(ours, theirs)
+        ]
+        of_one_commit = [pair for pair in pairs if len({run.environment["commit"] for run in pair}) == 1]
         ratios = [
             theirs.images_per_second / ours.images_per_second
-            for each, _, ours, theirs in runs.pairs()
-            if each is row and ours.images_per_second and theirs.images_per_second and _same_machine(ours, theirs)
+            for ours, theirs in of_one_commit or pairs
+            if ours.images_per_second and theirs.images_per_second
         ]
         ratio = f"{statistics.median(ratios):.2f}" if ratios else NONE
         if len(ratios) > 1:
             ratio += f" ({min(ratios):.2f} to {max(ratios):.2f})"
+        if ratios and not of_one_commit:
+            ratio += " *"
         if ratios and spreads and abs(statistics.median(ratios) - 1) <= max(spreads):
             within.append(f"`{row.name}`")
         rows.append([f"`{row.name}`", f"{statistics.median(known):.0f}" if known else NONE, ratio])
@@ -215,10 +221,12 @@ def _cost(runs: StudyRuns) -> str:
         if spreads
         else "No recipe ran twice, so how much the speed varies by itself is not known, and no ratio is significant."
     )
+    starred = " * Of runs by different commits, between which the code may have become faster or slower."
     return (
         f"{markdown_table(header, rows)}\n\nMedians of each run, then over the runs, of the training steps with their "
-        "data, without evaluation; ratios are of runs with one seed on like machines, the range in brackets. Whatever "
-        f"else the machine did is in them: this is no benchmark. {noise}"
+        "data, without evaluation; ratios are of runs with one seed by one commit on like machines, the range in "
+        f"brackets.{starred if any(row[2].endswith('*') for row in rows) else ''} Whatever else the machine did is in "
+        f"them: this is no benchmark. {noise}"
     )
 
 
