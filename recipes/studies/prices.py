@@ -475,7 +475,7 @@ def importing(bench: Bench) -> Iterator[Row]:
 
 
 def taps(bench: Bench) -> Iterator[Row]:
-    """Plain eager steps of networks whose last maps are smaller than a kernel: the taps that meet them / every tap."""
+    """Plain eager steps of a network with maps smaller than its kernels: the taps that meet them / every tap."""
     for name, change in (("float32", {}), ("bf16", BF16)):
         recipe = vary(twins("tffd_resnet18", 32, 128)["plain"], "plain", **change)
         pair = {"met": TrainingStep(recipe, bench), "every": TrainingStep(recipe, bench, every_tap=True)}

@@ -201,7 +201,9 @@ def _cost(runs: StudyRuns) -> str:
         pairs = [
             (ours, theirs) for each, _, ours, theirs in runs.pairs() if each is row and _same_machine(ours, theirs)
         ]
-        of_one_commit = [pair for pair in pairs if len({run.environment["commit"] for run in pair}) == 1]
+        of_one_commit = [
+            (ours, theirs) for ours, theirs in pairs if ours.environment["commit"] == theirs.environment["commit"]
+        ]
         ratios = [
             theirs.images_per_second / ours.images_per_second
             for ours, theirs in of_one_commit or pairs
