@@ -1,17 +1,30 @@
-"""Convolutions on maps smaller than their kernel: the taps that only ever meet padding are left out."""
+"""Convolutions on small maps, without what is wasted there: padding that is multiplied, weights that are fetched anew.
+
+A kernel larger than the map has taps that only ever meet padding: they are left out. And where a map has few positions
+and the kernel many weights, oneDNN fetches all of these for each image of the batch; as one product of matrices, with
+the positions of all images as its rows, the convolution fetches them once.
+"""
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import conv2d, linear, pad
+
+POSITIONS, WEIGHTS = 16, 2**18
+"""One product is used for outputs of so many positions at most, and for so many weights at least, that are met."""
 
 
-def skip_padded_taps(model: nn.Module) -> None:
-    """Let the convolutions of `model` multiply no more taps of their kernels than meet the map, here and in copies.
+def speed_up_small_maps(model: nn.Module) -> None:
+    """Let the convolutions of `model` waste nothing on small maps, here and in copies.
 
-    At 32 px the last stage of a ResNet-18 is a map of 1x1, on which a 3x3 kernel has one tap; the eight others multiply
-    zeros, in each pass. Outputs are the same, and so are gradients: zero for a tap that meets nothing. Weights keep
-    their names and shapes. `taps` of recipes/results/benchmark has what it saves.
+    Outputs and gradients are the same but for the order of their sums; a tap that meets no map has a gradient of zero.
+    Weights keep their names and shapes. `small_maps` of recipes/results/benchmark has what it saves.
 
     Only `nn.Conv2d` itself is changed, with padding by a number of zeros; subclasses may pad in their own way.
     """
@@ -20,17 +33,28 @@ def skip_padded_taps(model: nn.Module) -> None:
             module.__class__ = SmallMapConv2d
 
 
+class Geometry(NamedTuple):
+    """How a kernel moves over a map: (rows, columns) each."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
 class SmallMapConv2d(nn.Conv2d):
-    """A Conv2d, padded by zeros, that slices its kernel where the map is small."""
+    """A Conv2d, padded by zeros, that leaves out taps that meet nothing, and is one product where that is faster."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        (rows, top), (columns, left) = map(
-            met_taps, input.shape[-2:], self.kernel_size, self.stride, map(int, self.padding), self.dilation
-        )
-        if (len(rows), len(columns)) == self.kernel_size:
-            return super()._conv_forward(input, weight, bias)
-        weight = weight[..., rows.start : rows.stop, columns.start : columns.stop]
-        return conv2d(input, weight, bias, self.stride, (top, left), self.dilation, self.groups)
+        size, padding = input.shape[-2:], tuple(map(int, self.padding))
+        sides = zip(size, self.kernel_size, self.stride, padding, self.dilation, strict=True)
+        (rows, top), (columns, left) = (met_taps(*side) for side in sides)
+        if (len(rows), len(columns)) != self.kernel_size:
+            weight = weight[..., rows.start : rows.stop, columns.start : columns.stop]
+            padding = top, left
+        geometry = Geometry(self.stride, padding, self.dilation)
+        if self.groups == 1 and input.ndim == 4 and worth_a_product(input, weight, geometry):
+            return convolve_as_product(input, weight, bias, geometry)
+        return conv2d(input, weight, bias, *geometry, self.groups)
 
 
 def met_taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[range, int]:
@@ -51,6 +75,90 @@ def met_taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -
     if first > last or rest < 0 or _outputs(size, last - first + 1, stride, rest, dilation) != outputs:
         return range(kernel), padding
     return range(first, last + 1), rest
+
+
+def worth_a_product(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether `convolve_as_product` is the faster way for these shapes, on a CPU: measured, not known."""
+    if input.device.type != "cpu" or weight.numel() < WEIGHTS:
+        return False
+    rows, columns = map(_outputs, input.shape[2:], weight.shape[2:], *geometry)
+    return rows * columns <= POSITIONS
+
+
+def convolve_as_product(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """A convolution of one group as Y = X W^T, a row of X and Y for each position of the output in each image.
+
+    A row of X holds what the kernel sees from there, taps * inputs numbers: nine times the map, for a kernel of 3x3.
+    It is not kept, but gathered again for the gradient. In bf16 the rounding error of the input's gradient is a sixth
+    above that of conv2d: each tap's share is rounded before they are added, in float32.
+
+    Args:
+        input: [batch, inputs, rows, columns].
+        weight: [outputs, inputs, taps, taps], fastest where it is laid out as channels_last.
+        bias: [outputs].
+        geometry: of the kernel.
+    """
+    if torch.is_autocast_enabled(input.device.type):  # it knows conv2d, but no function of ours
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    output: Tensor = _Product.apply(input, weight, bias, geometry)
+    return output
+
+
+class _Product(Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.geometry = geometry
+        seen = _windows(input, weight, geometry)
+        return linear(seen.flatten(3), _channels_last(weight).flatten(1), bias).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        input, weight = ctx.saved_tensors
+        gradient = _channels_last(gradient)
+        of_input = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_seen = gradient @ _channels_last(weight).flatten(1)
+            of_input = _add_windows(of_seen.unflatten(3, _channels_last(weight).shape[1:]), input.shape, ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            seen = _windows(input, weight, ctx.geometry)
+            of_weight = gradient.flatten(0, 2).t() @ seen.flatten(3).flatten(0, 2)
+            of_weight = of_weight.unflatten(1, seen.shape[3:]).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum((0, 1, 2))
+        return of_input, of_weight, of_bias, None
+
+
+def _windows(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """[batch, rows, columns, taps, taps, inputs]: what the kernel sees from each position, as a view of padded maps."""
+    windows = _channels_last(input)
+    if any(geometry.padding):
+        top, left = geometry.padding
+        windows = pad(windows, (0, 0, left, left, top, top))
+    for side, (taps, stride, dilation) in enumerate(
+        zip(weight.shape[2:], geometry.stride, geometry.dilation, strict=True), start=1
+    ):
+        windows = windows.unfold(side, (taps - 1) * dilation + 1, stride)[..., ::dilation]
+    return windows.permute(0, 1, 2, 4, 5, 3)
+
+
+def _add_windows(windows: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """The transpose of `_windows`: each pixel's sum over the windows that see it, in float32 or better."""
+    batch, channels, height, width = shape
+    (down, right), (top, left), dilation = geometry
+    _, rows, columns, *taps, _ = windows.shape
+    dtype = torch.promote_types(windows.dtype, torch.float32)
+    padded = windows.new_zeros(batch, height + 2 * top, width + 2 * left, channels, dtype=dtype)
+    for i, j in product(*map(range, taps)):
+        y, x = i * dilation[0], j * dilation[1]
+        padded[:, y : y + rows * down : down, x : x + columns * right : right] += windows[:, :, :, i, j]
+    return padded[:, top : top + height, left : left + width].to(windows.dtype).permute(0, 3, 1, 2)
+
+
+def _channels_last(maps: Tensor) -> Tensor:
+    return maps.permute(0, 2, 3, 1)
 
 
 def _outputs(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

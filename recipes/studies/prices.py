@@ -27,7 +27,7 @@ from tffd_zoo.data import ImageSource, ImageSpec, eval_loader, open_source
 from tffd_zoo.evaluation import evaluate, model_cost
 from tffd_zoo.recipe import Compilation, Recipe, vary
 from tffd_zoo.run_record import METRICS_LINES, read_metrics, weights_file
-from tffd_zoo.small_maps import skip_padded_taps
+from tffd_zoo.small_maps import speed_up_small_maps
 from tffd_zoo.stages import find_stages
 from tffd_zoo.tasks import CANONICAL
 from tffd_zoo.training import train
@@ -85,12 +85,12 @@ class TrainingStep:
         *,
         compiled: Compilation = False,
         layout: torch.memory_format | None = None,
-        every_tap: bool = False,
+        small_maps: bool = True,
     ) -> None:
         torch.manual_seed(0)
         model = create_model(recipe.model, num_classes=bench.source.num_classes)
-        if not every_tap:
-            skip_padded_taps(model)
+        if small_maps:
+            speed_up_small_maps(model)
         spec = image_spec(recipe, model)
         device = bench.accelerator.device
         layout = memory_format(recipe, bench.accelerator) if layout is None else layout
@@ -474,13 +474,15 @@ def importing(bench: Bench) -> Iterator[Row]:
     yield summary("importing", "import tffd_zoo after import timm", values, unit="ms", bound="<=", target=150)
 
 
-def taps(bench: Bench) -> Iterator[Row]:
-    """Plain eager steps of a network with maps smaller than its kernels: the taps that meet them / every tap."""
-    for name, change in (("float32", {}), ("bf16", BF16)):
-        recipe = vary(twins("tffd_resnet18", 32, 128)["plain"], "plain", **change)
-        pair = {"met": TrainingStep(recipe, bench), "every": TrainingStep(recipe, bench, every_tap=True)}
-        times = interleave(pair, bench.rounds(20), warmup=2)
-        yield compare("taps", f"resnet18 at 32 px, batch 128, {name}", times["met"], times["every"])
+def small_maps(bench: Bench) -> Iterator[Row]:
+    """Plain eager steps of networks with small maps, their convolutions sped up / as they are."""
+    for model, size in (("tffd_resnet18", 32), ("tffd_resnet18", 64), ("tffd_vgg8", 32)):
+        for name, change in (("float32", {}), ("bf16", BF16)):
+            recipe = vary(twins(model, size, 128)["plain"], "plain", **change)
+            pair = {"sped up": TrainingStep(recipe, bench), "as it is": TrainingStep(recipe, bench, small_maps=False)}
+            times = interleave(pair, bench.rounds(12), warmup=2)
+            what = f"{model.removeprefix('tffd_')} at {size} px, batch 128, {name}"
+            yield compare("small_maps", what, times["sped up"], times["as it is"])
 
 
 def pages(bench: Bench) -> Iterator[Row]:
@@ -548,7 +550,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
         evaluation,
         importing,
         layouts,
-        taps,
+        small_maps,
         pages,
         growth,
     )

@@ -33,7 +33,7 @@ from ..evaluation import FIGURES, EvalResult, NonFiniteLogits, evaluate
 from ..export import export_run
 from ..processes import main_process_first, of_a_lost_process
 from ..recipe import OptimConfig, Recipe
-from ..small_maps import skip_padded_taps
+from ..small_maps import speed_up_small_maps
 from ..tasks import DistillationTask
 from ..threads import idle_cores, use_threads
 from .build import (
@@ -94,7 +94,7 @@ def train(recipe: Recipe) -> Path:
     with main_process_first(accelerator):
         model = make_network(recipe, train_source.label_names)
     freeze_layers(model, optim.freeze)
-    skip_padded_taps(model)
+    speed_up_small_maps(model)
     layout = memory_format(recipe, accelerator)
     spec = image_spec(recipe, model)
     pace = cache(partial(training_seconds, recipe, accelerator))

@@ -25,7 +25,7 @@ from ..loading import size_arguments
 from ..processes import Processes
 from ..recipe import Compilation, Precision, Recipe, RunConfig
 from ..run_record import MEND, RECIPE
-from ..small_maps import skip_padded_taps
+from ..small_maps import speed_up_small_maps
 from .build import image_spec, memory_format
 
 WORTH_MEASURING = 100
@@ -132,7 +132,7 @@ class Trial:
         recipe = replace(recipe, run=replace(recipe.run, precision=precision))
         layout = memory_format(recipe, state)
         model = create_model(recipe.model, **size_arguments(recipe.model, recipe.data.image_size)).train()
-        skip_padded_taps(model)
+        speed_up_small_maps(model)
         size = image_spec(recipe, model).input_size
         self.images = recipe.optim.batch_size
         if state.device.type == "cpu":
