@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.library import opcheck
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -168,7 +169,22 @@ def test_the_two_last_stages_of_a_resnet18_at_64_px_are_products_and_no_large_ma
     assert kernels == []
 
 
-def test_the_last_stage_of_a_resnet18_at_32_px_costs_what_one_of_1x1_kernels_costs() -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_operators_meet_what_torch_asks_of_operators(stride: int) -> None:
+    inputs, weight = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(6, 3, 3, 2, requires_grad=True)
+    bias, geometry = torch.randn(6, requires_grad=True), ([stride, 1], [1, 0], [1, 2])
+    opcheck(torch.ops.tffd_zoo.product.default, (inputs, weight, bias, *geometry))
+    opcheck(torch.ops.tffd_zoo.product.default, (inputs, weight.detach(), None, *geometry))
+    values = inputs.detach(), weight.detach()
+    gradient = torch.randn_like(conv2d(*values, None, *geometry))
+    for wanted in ([True, True], [True, False], [False, True]):
+        opcheck(torch.ops.tffd_zoo.product_gradients.default, (gradient, *values, *geometry, wanted))
+
+
+def test_the_last_stage_of_a_resnet18_at_32_px_costs_what_one_of_1x1_kernels_costs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(small_maps, "WEIGHTS", 10**9)  # what is counted is conv2d's
     model = timm.create_model("resnet18", num_classes=10).eval()
     images = torch.zeros(1, 3, 32, 32)
     before = multiplications(model, images)

@@ -7,13 +7,13 @@ the positions of all images as its rows, the convolution fetches them once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 from torch.nn.functional import conv2d, linear, pad
 
 POSITIONS, WEIGHTS = 16, 2**18
@@ -36,9 +36,9 @@ def speed_up_small_maps(model: nn.Module) -> None:
 class Geometry(NamedTuple):
     """How a kernel moves over a map: (rows, columns) each."""
 
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -98,37 +98,79 @@ def convolve_as_product(input: Tensor, weight: Tensor, bias: Tensor | None, geom
         bias: [outputs].
         geometry: of the kernel.
     """
-    if torch.is_autocast_enabled(input.device.type):  # it knows conv2d, but no function of ours
+    if torch.is_autocast_enabled(input.device.type):  # it knows conv2d, but no operator of ours
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    output: Tensor = _Product.apply(input, weight, bias, geometry)
-    return output
+    return _product(input, weight, bias, *geometry)
 
 
-class _Product(Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.geometry = geometry
+# Operators of torch, so that torch.compile calls them and does not look into them: what it makes of the windows takes
+# minutes to compile and twice the time to run.
+
+
+@custom_op("tffd_zoo::product", mutates_args=())
+def _product(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    seen = _windows(input, weight, Geometry(stride, padding, dilation))
+    return linear(seen.flatten(3), _channels_last(weight).flatten(1), bias).permute(0, 3, 1, 2)
+
+
+@_product.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Sequence[int]) -> Tensor:
+    rows, columns = map(_outputs, input.shape[2:], weight.shape[2:], *geometry)
+    return input.new_empty(len(input), rows, columns, len(weight)).permute(0, 3, 1, 2)
+
+
+@custom_op("tffd_zoo::product_gradients", mutates_args=())
+def _product_gradients(
+    gradient: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Those of input and weight that are wanted."""
+    geometry, gradient = Geometry(stride, padding, dilation), _channels_last(gradient)
+    gradients = []
+    if wanted[0]:
+        of_seen = gradient @ _channels_last(weight).flatten(1)
+        of_seen = of_seen.unflatten(3, _channels_last(weight).shape[1:])
+        gradients.append(_add_windows(of_seen, input.shape, geometry))
+    if wanted[1]:
         seen = _windows(input, weight, geometry)
-        return linear(seen.flatten(3), _channels_last(weight).flatten(1), bias).permute(0, 3, 1, 2)
+        of_weight = gradient.flatten(0, 2).t() @ seen.flatten(3).flatten(0, 2)
+        gradients.append(of_weight.unflatten(1, seen.shape[3:]).permute(0, 3, 1, 2))
+    return gradients
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        input, weight = ctx.saved_tensors
-        gradient = _channels_last(gradient)
-        of_input = of_weight = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_seen = gradient @ _channels_last(weight).flatten(1)
-            of_input = _add_windows(of_seen.unflatten(3, _channels_last(weight).shape[1:]), input.shape, ctx.geometry)
-        if ctx.needs_input_grad[1]:
-            seen = _windows(input, weight, ctx.geometry)
-            of_weight = gradient.flatten(0, 2).t() @ seen.flatten(3).flatten(0, 2)
-            of_weight = of_weight.unflatten(1, seen.shape[3:]).permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[2]:
-            of_bias = gradient.sum((0, 1, 2))
-        return of_input, of_weight, of_bias, None
+
+@_product_gradients.register_fake
+def _(gradient: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
+    like = [values for values, wanted in zip((input, weight), rest[-1], strict=True) if wanted]
+    return [values.new_empty(_channels_last(values).shape).permute(0, 3, 1, 2) for values in like]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, _, *ctx.geometry = inputs
+    ctx.save_for_backward(input, weight)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:2])
+    gradients = iter(_product_gradients(gradient, *ctx.saved_tensors, *ctx.geometry, wanted))
+    of_input, of_weight = (next(gradients) if want else None for want in wanted)
+    of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+    return of_input, of_weight, of_bias, None, None, None
+
+
+_product.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _windows(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -154,7 +196,7 @@ def _add_windows(windows: Tensor, shape: torch.Size, geometry: Geometry) -> Tens
     for i, j in product(*map(range, taps)):
         y, x = i * dilation[0], j * dilation[1]
         padded[:, y : y + rows * down : down, x : x + columns * right : right] += windows[:, :, :, i, j]
-    return padded[:, top : top + height, left : left + width].to(windows.dtype).permute(0, 3, 1, 2)
+    return padded[:, top : top + height, left : left + width].to(windows.dtype).contiguous().permute(0, 3, 1, 2)
 
 
 def _channels_last(maps: Tensor) -> Tensor:
