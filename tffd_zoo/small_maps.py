@@ -45,13 +45,14 @@ class SmallMapConv2d(nn.Conv2d):
     """A Conv2d, padded by zeros, that leaves out taps that meet nothing, and is one product where that is faster."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        size, padding = input.shape[-2:], tuple(map(int, self.padding))
-        sides = zip(size, self.kernel_size, self.stride, padding, self.dilation, strict=True)
+        padding = map(int, self.padding)
+        sides = zip(input.shape[-2:], self.kernel_size, self.stride, padding, self.dilation, strict=True)
         (rows, top), (columns, left) = (met_taps(*side) for side in sides)
         if (len(rows), len(columns)) != self.kernel_size:
-            weight = weight[..., rows.start : rows.stop, columns.start : columns.stop]
-            padding = top, left
-        geometry = Geometry(self.stride, padding, self.dilation)
+            below, right = self.kernel_size[0] - rows.stop, self.kernel_size[1] - columns.stop
+            # A slice by another name: its gradient is made once, and in the layout of the weight.
+            weight = pad(weight, (-columns.start, -right, -rows.start, -below))
+        geometry = Geometry(self.stride, (top, left), self.dilation)
         if self.groups == 1 and input.ndim == 4 and worth_a_product(input, weight, geometry):
             return convolve_as_product(input, weight, bias, geometry)
         return conv2d(input, weight, bias, *geometry, self.groups)
