@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -10,14 +11,20 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import timm
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from processes import elsewhere, on_two_processes
 from safetensors.torch import load_file
 from test_atomic import disk_that_takes
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tffd_zoo.cli import guard
@@ -27,6 +34,7 @@ from tffd_zoo.run_record import read_metrics
 from tffd_zoo.tasks import CANONICAL
 from tffd_zoo.threads import threads_kept
 from tffd_zoo.training import NonFiniteLoss, RunFolder, train
+from tffd_zoo.training.build import make_optimizer
 from tffd_zoo.training.progress import TermSums
 
 ROOT = Path(__file__).parents[1]
@@ -295,6 +303,33 @@ def test_accumulated_batches_give_the_step_of_the_larger_batch(tmp_path: Path) -
     whole, parts = last_weights(tmp_path / "whole"), last_weights(tmp_path / "parts")
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("opt", ["momentum", "sgd", "adamw", "lookahead_sgd"])
+def test_an_update_in_one_pass_is_that_of_many_whatever_the_layout_of_the_weights(opt: str) -> None:
+    torch.manual_seed(0)
+    optim = replace(BASE.optim, opt=opt, lr=0.01)
+    task = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 5)).double()
+    task = task.to(memory_format=torch.channels_last)
+    other = copy.deepcopy(task)
+    fused = make_optimizer(optim, task, PartialState())
+    usual = create_optimizer_v2(other, opt, optim.lr, optim.weight_decay, optim.momentum, filter_bias_and_bn=False)
+    for _ in range(7):  # lookahead moves its slow weights in the sixth
+        images, targets = torch.randn(4, 3, 4, 4).double(), torch.randint(5, (4,))
+        for network, optimizer in ((task, fused), (other, usual)):
+            optimizer.zero_grad()
+            cross_entropy(network(images), targets).backward()
+            optimizer.step()
+    assert all(group["fused"] for group in fused.param_groups)
+    for mine, theirs in zip(task.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_shards_and_optimizers_that_torch_cannot_update_in_one_pass_are_updated_in_many() -> None:
+    task = nn.Linear(2, 2)
+    sharded: Any = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    assert not make_optimizer(BASE.optim, task, sharded).param_groups[0]["fused"]
+    assert "fused" not in make_optimizer(replace(BASE.optim, opt="lamb"), task, PartialState()).param_groups[0]
 
 
 def test_two_processes_take_the_steps_of_one_with_tffd_on(tmp_path: Path) -> None:

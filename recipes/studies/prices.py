@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import subprocess
@@ -18,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_model
 from timm import create_model
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,7 +31,15 @@ from tffd_zoo.small_maps import speed_up_small_maps
 from tffd_zoo.stages import find_stages
 from tffd_zoo.tasks import CANONICAL
 from tffd_zoo.training import train
-from tffd_zoo.training.build import compile_step, image_spec, make_loaders, make_task, memory_format, open_sources
+from tffd_zoo.training.build import (
+    compile_step,
+    image_spec,
+    make_loaders,
+    make_optimizer,
+    make_task,
+    memory_format,
+    open_sources,
+)
 
 from .. import train_imagenet
 from .report.study import taught_by
@@ -99,7 +107,8 @@ class TrainingStep:
         compile_step(self.task, compiled)
         reduced = recipe.run.precision == "bf16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=reduced)
-        self.optimizer = create_optimizer_v2(self.task, opt="sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)
+        optim = dataclasses.replace(recipe.optim, opt="sgd", lr=1e-3)  # so that noise does not drive it to infinity
+        self.optimizer = make_optimizer(optim, self.task, bench.accelerator)
         size = recipe.optim.batch_size
         self.images = torch.randn(size, *spec.input_size, device=device).to(memory_format=layout)
         self.targets = torch.randint(bench.source.num_classes, (size,), device=device)

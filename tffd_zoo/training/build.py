@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from timm import create_model
 from timm.data import Mixup
 from timm.loss import create_classification_loss
 from timm.models import group_parameters, parse_model_name, split_model_name_tag
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from torch import nn
+from torch.optim import Optimizer
 
 from ..data import (
     EVAL_SPLITS,
@@ -39,7 +42,7 @@ from ..data.memory import AUGMENTS
 from ..data.workers import workers_beside
 from ..loading import check_architecture, check_model_name, label_names, load_model, order_logits, size_arguments
 from ..processes import Processes
-from ..recipe import Compilation, DataConfig, Recipe
+from ..recipe import Compilation, DataConfig, OptimConfig, Recipe
 from ..stages import find_stages, stage_activations
 from ..tasks import DistillationTask, Setting, TeacherConfig
 from ..threads import cores_per_process
@@ -321,6 +324,23 @@ def compile_step(task: DistillationTask, what: Compilation | None) -> None:
         task.compile_losses()
     elif what:
         task.compile()
+
+
+def make_optimizer(optim: OptimConfig, task: nn.Module, processes: Processes) -> Optimizer:
+    """timm's optimizer, one pass over weights, gradients and moments where torch has one (`fused`; for no shards)."""
+    kind = get_optimizer_class(optim.opt.split("_")[-1], bind_defaults=False)  # of lookahead_sgd, sgd
+    fuses = "fused" in inspect.signature(kind).parameters and processes.distributed_type != DistributedType.FSDP
+    return create_optimizer_v2(
+        task,
+        opt=optim.opt,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        filter_bias_and_bn=not optim.decay_norm_and_bias,
+        layer_decay=optim.layer_decay,
+        layer_decay_min_scale=optim.layer_decay_min,
+        **({"fused": True} if fuses else {}),
+    )
 
 
 def make_task(

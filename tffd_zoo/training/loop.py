@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env, set_seed
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -48,6 +47,7 @@ from .build import (
     make_loaders,
     make_mixup,
     make_network,
+    make_optimizer,
     make_task,
     memory_format,
     open_sources,
@@ -110,16 +110,7 @@ def train(recipe: Recipe) -> Path:
     # --- optimisation -------------------------------------------------------------------------------------------------
     steps_per_epoch = math.ceil(len(train_batches) / optim.accumulate)
     total_steps = min(steps_per_epoch * optim.epochs, run.max_steps or steps_per_epoch * optim.epochs)
-    optimizer = create_optimizer_v2(
-        task,
-        opt=optim.opt,
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        momentum=optim.momentum,
-        filter_bias_and_bn=not optim.decay_norm_and_bias,
-        layer_decay=optim.layer_decay,
-        layer_decay_min_scale=optim.layer_decay_min,
-    )
+    optimizer = make_optimizer(optim, task, accelerator)
     linear = optim.sched == "linear"
     scheduler, _ = create_scheduler_v2(
         optimizer,
