@@ -44,18 +44,24 @@ SHAPES = [
 ]
 
 
-def every_convolution_is_a_product(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the kernels that are multiplied so, as they come."""
+def kernels_given_to(function: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the kernels that a function of the module is called with, as they come."""
     kernels: list[tuple[int, ...]] = []
+    usual = getattr(small_maps, function)
 
     def watched(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         kernels.append(tuple(weight.shape))
-        return convolve_as_product(input, weight, *rest)
+        return usual(input, weight, *rest)
 
+    monkeypatch.setattr(small_maps, function, watched)
+    return kernels
+
+
+def every_convolution_is_a_product(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the kernels that are multiplied so, as they come."""
     monkeypatch.setattr(small_maps, "WEIGHTS", 0)
     monkeypatch.setattr(small_maps, "POSITIONS", 10_000)
-    monkeypatch.setattr(small_maps, "convolve_as_product", watched)
-    return kernels
+    return kernels_given_to("convolve_as_product", monkeypatch)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -151,19 +157,14 @@ def test_a_compiled_convolution_as_product_is_one_graph_of_the_same_numbers(monk
 def test_the_two_last_stages_of_a_resnet18_at_64_px_are_products_and_no_large_map_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernels: list[tuple[int, ...]] = []
-
-    def watched(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        kernels.append(tuple(weight.shape[:2]))
-        return convolve_as_product(input, weight, *rest)
-
-    monkeypatch.setattr(small_maps, "convolve_as_product", watched)
+    kernels = kernels_given_to("convolve_as_product", monkeypatch)
     model = timm.create_model("tffd_resnet18", num_classes=10).eval()
     images = torch.randn(1, 3, 64, 64)
     expected = model(images)
     speed_up_small_maps(model)
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
-    assert kernels == [(256, 128), *[(256, 256)] * 3, (512, 256), *[(512, 512)] * 3]
+    channels = [(256, 128), *[(256, 256)] * 3, (512, 256), *[(512, 512)] * 3]
+    assert kernels == [(*pair, 3, 3) for pair in channels]
     kernels.clear()
     model(torch.zeros(1, 3, 224, 224))
     assert kernels == []
@@ -218,13 +219,7 @@ def test_convolutions_that_pad_in_another_way_are_left_alone(convolution: nn.Con
 
 
 def test_a_training_run_leaves_them_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels: list[tuple[int, ...]] = []
-
-    def watched(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        kernels.append(tuple(weight.shape))
-        return conv2d(input, weight, *rest)
-
-    monkeypatch.setattr(small_maps, "conv2d", watched)
+    kernels = kernels_given_to("conv2d", monkeypatch)
     data = DataConfig(source="digits", image_size=4)  # 1x1 pixels in the last stage
     train(
         Recipe(

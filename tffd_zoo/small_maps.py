@@ -119,13 +119,13 @@ def _product(
     dilation: Sequence[int],
 ) -> Tensor:
     seen = _windows(input, weight, Geometry(stride, padding, dilation))
-    return linear(seen.flatten(3), _channels_last(weight).flatten(1), bias).permute(0, 3, 1, 2)
+    return _channels_first(linear(seen.flatten(3), _channels_last(weight).flatten(1), bias))
 
 
 @_product.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Sequence[int]) -> Tensor:
     rows, columns = map(_outputs, input.shape[2:], weight.shape[2:], *geometry)
-    return input.new_empty(len(input), rows, columns, len(weight)).permute(0, 3, 1, 2)
+    return _channels_first(input.new_empty(len(input), rows, columns, len(weight)))
 
 
 @custom_op("tffd_zoo::product_gradients", mutates_args=())
@@ -142,20 +142,20 @@ def _product_gradients(
     geometry, gradient = Geometry(stride, padding, dilation), _channels_last(gradient)
     gradients = []
     if wanted[0]:
-        of_seen = gradient @ _channels_last(weight).flatten(1)
-        of_seen = of_seen.unflatten(3, _channels_last(weight).shape[1:])
+        kernels = _channels_last(weight)
+        of_seen = (gradient @ kernels.flatten(1)).unflatten(3, kernels.shape[1:])
         gradients.append(_add_windows(of_seen, input.shape, geometry))
     if wanted[1]:
         seen = _windows(input, weight, geometry)
         of_weight = gradient.flatten(0, 2).t() @ seen.flatten(3).flatten(0, 2)
-        gradients.append(of_weight.unflatten(1, seen.shape[3:]).permute(0, 3, 1, 2))
+        gradients.append(_channels_first(of_weight.unflatten(1, seen.shape[3:])))
     return gradients
 
 
 @_product_gradients.register_fake
 def _(gradient: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
     like = [values for values, wanted in zip((input, weight), rest[-1], strict=True) if wanted]
-    return [values.new_empty(_channels_last(values).shape).permute(0, 3, 1, 2) for values in like]
+    return [_channels_first(values.new_empty(_channels_last(values).shape)) for values in like]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -197,11 +197,15 @@ def _add_windows(windows: Tensor, shape: torch.Size, geometry: Geometry) -> Tens
     for i, j in product(*map(range, taps)):
         y, x = i * dilation[0], j * dilation[1]
         padded[:, y : y + rows * down : down, x : x + columns * right : right] += windows[:, :, :, i, j]
-    return padded[:, top : top + height, left : left + width].to(windows.dtype).contiguous().permute(0, 3, 1, 2)
+    return _channels_first(padded[:, top : top + height, left : left + width].to(windows.dtype).contiguous())
 
 
 def _channels_last(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1)
+
+
+def _channels_first(maps: Tensor) -> Tensor:
+    return maps.permute(0, 3, 1, 2)
 
 
 def _outputs(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
