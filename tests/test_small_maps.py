@@ -15,10 +15,14 @@ from torch.library import opcheck
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from recipes.train_cifar100 import QUICKSTART
 from tffd_zoo import small_maps
-from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig
+from tffd_zoo.data import open_source
+from tffd_zoo.recipe import DataConfig, OptimConfig, Recipe, RunConfig, vary
 from tffd_zoo.small_maps import Geometry, SmallMapConv2d, convolve_as_product, met_taps, speed_up_small_maps
+from tffd_zoo.tasks import TeacherConfig
 from tffd_zoo.training import train
+from tffd_zoo.training.build import image_spec, make_network, make_task
 
 
 def multiplications(model: nn.Module, images: Tensor) -> int:
@@ -231,3 +235,16 @@ def test_a_training_run_leaves_them_out(tmp_path: Path, monkeypatch: pytest.Monk
         )
     )
     assert (64, 64, 1, 1) in kernels
+
+
+@pytest.mark.parametrize("paradigm", ["online", "average"])
+def test_a_network_that_teaches_leaves_them_out_as_its_student_does(paradigm: Any) -> None:
+    source = open_source("digits", "train")
+    teacher = TeacherConfig(paradigm, "tffd_resnet20" if paradigm == "online" else None)
+    recipe = vary(QUICKSTART, "test", tffd=None, teacher=teacher)
+    model = make_network(recipe, source.label_names)
+    speed_up_small_maps(model)
+    task: Any = make_task(recipe, model, image_spec(recipe, model), source, batches_per_epoch=1)
+    networks = [task.trainable_module.model, task.objectives[0].teacher.network.model]
+    kinds = [{type(module) for module in net.modules() if isinstance(module, nn.Conv2d)} for net in networks]
+    assert kinds == [{SmallMapConv2d}, {SmallMapConv2d}]

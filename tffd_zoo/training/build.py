@@ -43,6 +43,7 @@ from ..data.workers import workers_beside
 from ..loading import check_architecture, check_model_name, label_names, load_model, order_logits, size_arguments
 from ..processes import Processes
 from ..recipe import Compilation, DataConfig, OptimConfig, Recipe
+from ..small_maps import speed_up_small_maps
 from ..stages import find_stages, stage_activations
 from ..tasks import DistillationTask, Setting, TeacherConfig
 from ..threads import cores_per_process
@@ -400,8 +401,11 @@ def second_network(config: TeacherConfig, recipe: Recipe, source: TrainSource) -
         ValueError, OSError: it cannot be had, or does not know the student's classes.
     """
     if config.paradigm == "offline":
-        return load_teacher(config, source, recipe.data.image_size)
-    return fresh_teacher(recipe, config, source.num_classes)
+        network = load_teacher(config, source, recipe.data.image_size)
+    else:
+        network = fresh_teacher(recipe, config, source.num_classes)
+    speed_up_small_maps(network)
+    return network
 
 
 def load_teacher(config: TeacherConfig, source: TrainSource, image_size: int | None = None) -> nn.Module:
