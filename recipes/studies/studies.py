@@ -484,6 +484,36 @@ BUDGET18_25 = Study(
     ),
 )
 
+# VGG8's 40 epochs end at a training loss of 0.24, and the NLL of its moving average rises over the last five.
+BUDGET_VGG8 = Study(
+    "budget-vgg8",
+    "which regulariser pays at 25 epochs of VGG8, which overfits?",
+    vary(
+        train_cifar100.ZOO_PLAIN,
+        "budget-vgg8",
+        model="tffd_vgg8",
+        optim={"epochs": 25},
+        data={"holdout": 5000},
+        run=EVERY_FIFTH,
+    ),
+    (
+        Row("budget-vgg8", "the zoo's recipe"),
+        Row("budget-vgg8-smooth10", "label smoothing 0.1", {"optim": {"label_smoothing": 0.1}}, "budget-vgg8"),
+        Row(
+            "budget-vgg8-mixup",
+            "mixup, alpha 0.2, and label smoothing 0.1",
+            {"optim": {"label_smoothing": 0.1, "mixup": 0.2}},
+            "budget-vgg8",
+        ),
+        Row(
+            "budget-vgg8-trivial",
+            "TrivialAugment and label smoothing 0.1",
+            {"optim": {"label_smoothing": 0.1}, "data": {"auto_augment": "trivial"}},
+            "budget-vgg8",
+        ),
+    ),
+)
+
 # --- does Tf-FD help? at fixed lambda, by the zoo's recipe ------------------------------------------------------------
 
 
