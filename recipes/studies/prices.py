@@ -243,7 +243,7 @@ def precision(bench: Bench) -> Iterator[Row]:
     """Eager steps in bf16: plain ones over those in float32; KD and Tf-FD, its losses eager or compiled, over plain."""
     losses = {"l2": 1.05, "at": 1.15, "sp": 1.15, "ickd": 1.15}
     ways: tuple[tuple[str, Compilation], ...] = (("", False), (", compiled", "losses"))
-    for model, batch in (("tffd_resnet20", 128), ("tffd_wrn16_2", 64), ("tffd_resnet18", 64)):
+    for model, batch in (("tffd_resnet20", 128), ("tffd_wrn16_2", 64), ("tffd_resnet18", 64), ("tffd_vgg8", 64)):
         pair = twins(model, 32, batch)
         plain = vary(pair["plain"], "plain", **BF16)
         steps = {"float32": TrainingStep(pair["plain"], bench), "plain": TrainingStep(plain, bench)}

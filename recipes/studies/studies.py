@@ -575,6 +575,10 @@ TFFD18 = Study(
     ),
     settings_on("tffd18"),
     seeds=(0, 1, 2),
+    note=(
+        "As a teacher the moving average is of three epochs ago here too, and the worse network at the end (second "
+        "table); see [tffd20](../tffd20/README.md)."
+    ),
     decides=True,
 )
 
