@@ -458,24 +458,32 @@ BUDGET18 = Study(
     ),
 )
 
+
+def regularised(base: str) -> tuple[Row, ...]:
+    """What keeps long runs of a large network from overfitting, each beside the row `base`."""
+    return (
+        Row(
+            f"{base}-trivial",
+            "TrivialAugment and label smoothing 0.1",
+            {"optim": {"label_smoothing": 0.1}, "data": {"auto_augment": "trivial"}},
+            base,
+        ),
+        Row(
+            f"{base}-mixup",
+            "mixup, alpha 0.2, and label smoothing 0.1",
+            {"optim": {"label_smoothing": 0.1, "mixup": 0.2}},
+            base,
+        ),
+    )
+
+
 BUDGET18_25 = Study(
     "budget18-25",
     "which regulariser pays at 25 epochs of ResNet-18 at 64 px?",
     vary(BUDGET18.base, "budget18-25", optim={"epochs": 25}),
     (
         Row("budget18-25", "the zoo's recipe"),
-        Row(
-            "budget18-25-trivial",
-            "TrivialAugment and label smoothing 0.1",
-            {"optim": {"label_smoothing": 0.1}, "data": {"auto_augment": "trivial"}},
-            "budget18-25",
-        ),
-        Row(
-            "budget18-25-mixup",
-            "mixup, alpha 0.2, and label smoothing 0.1",
-            {"optim": {"label_smoothing": 0.1, "mixup": 0.2}},
-            "budget18-25",
-        ),
+        *regularised("budget18-25"),
     ),
     note=(
         "The two are as close as seeds of one recipe can be. ResNet-18's pair of 40 epochs in "
@@ -499,18 +507,7 @@ BUDGET_VGG8 = Study(
     (
         Row("budget-vgg8", "the zoo's recipe"),
         Row("budget-vgg8-smooth10", "label smoothing 0.1", {"optim": {"label_smoothing": 0.1}}, "budget-vgg8"),
-        Row(
-            "budget-vgg8-mixup",
-            "mixup, alpha 0.2, and label smoothing 0.1",
-            {"optim": {"label_smoothing": 0.1, "mixup": 0.2}},
-            "budget-vgg8",
-        ),
-        Row(
-            "budget-vgg8-trivial",
-            "TrivialAugment and label smoothing 0.1",
-            {"optim": {"label_smoothing": 0.1}, "data": {"auto_augment": "trivial"}},
-            "budget-vgg8",
-        ),
+        *regularised("budget-vgg8"),
     ),
 )
 
