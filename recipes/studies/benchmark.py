@@ -2,7 +2,7 @@
 
     python -m recipes.studies.benchmark --data FOLDER --jpeg FOLDER     all parts, in about 15 minutes on two cores
     python -m recipes.studies.benchmark --parts steps memory            these alone
-    python -m recipes.studies.benchmark --report                        the page and the picture again, from the JSON
+    python -m recipes.studies.benchmark --report                        the pages and the picture again, from the JSON
 
 Times on a shared machine are noisy and ratios of steps that took turns are not, or less: a row is the median of paired
 ratios with its quartiles. The poster's chart of training times (Tf-FD 1.03, CS-KD 2.3-2.4, BYOT 2.1-2.4, KD with a
@@ -28,6 +28,7 @@ from tffd_zoo.pictures import COLOURS, NEUTRAL, house_style, save_png
 from tffd_zoo.ranges import POSITIVE
 from tffd_zoo.training.run_folder import environment
 
+from .imagenet_cost import imagenet_page
 from .prices import PARTS, open_bench
 from .report.records import commit_of
 from .timing import Row
@@ -37,7 +38,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "benchmark"
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Measure what Tf-FD costs beside plain training; write JSON, a table and a picture."""
+    """Measure what Tf-FD costs beside plain training; write JSON, two pages and a picture."""
 
     data: str = "uoft-cs/cifar100"
     """CIFAR-100: a Hub id or a folder of parquet."""
@@ -50,9 +51,9 @@ class BenchmarkConfig:
     effort: Annotated[float, POSITIVE] = 1.0
     """Factor on the number of rounds."""
     output: Path = RESULTS
-    """Folder of the JSON, the page and the picture."""
+    """Folder of the JSON, the pages and the picture."""
     report: bool = False
-    """Measure nothing; make the page and the picture from the JSON."""
+    """Measure nothing; make the pages and the picture from the JSON."""
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def draw(rows: Sequence[Row], picture: Path) -> None:
 
 
 def main(config: BenchmarkConfig) -> None:
-    """Measure the parts, and write JSON, page and picture.
+    """Measure the parts, and write JSON, pages and picture.
 
     Raises:
         ValueError: a part that does not exist, or nothing to report on.
@@ -143,6 +144,8 @@ def main(config: BenchmarkConfig) -> None:
                 torch.compiler.reset()
     draw([Row(**row) for row in record["rows"]], config.output / "methods.png")
     write_text(config.output / "README.md", page(record))
+    if "steps" in record["measured"]:
+        write_text(config.output / "imagenet.md", imagenet_page(record))
     print(config.output / "README.md")
 
 

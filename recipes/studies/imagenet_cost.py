@@ -1,27 +1,20 @@
-"""What training on ImageNet costs with and without Tf-FD, on paper: from the ratios that benchmark.py measured.
-
-    python -m recipes.studies.imagenet_cost
+"""The benchmark's page about ImageNet: what training on it costs with and without Tf-FD, on paper.
 
 No run of this size was made. The page says what a machine has to deliver: images decoded, bytes read, activations and
-gradients moved; and what Tf-FD adds to it.
+gradients moved; and what Tf-FD adds to it, by the ratios that benchmark.py measured.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from timm import create_model
 
-from tffd_zoo.atomic import write_text
-from tffd_zoo.cli import run_cli
 from tffd_zoo.evaluation import model_cost
 from tffd_zoo.markdown import markdown_table
 from tffd_zoo.stages import find_stages
 
-from .benchmark import RESULTS
 from .timing import Row
 
 # Images, classes and GB of the training archives, as image-net.org gives them (21k: the release of autumn 2011), and
@@ -30,14 +23,6 @@ DATASETS = {"ImageNet-1k": (1_281_167, 1000, 138, 100), "ImageNet-21k": (14_197_
 MODELS = ("tffd_resnet18", "tffd_resnet50")
 SPEEDS = (1_000, 10_000)
 PROCESSES = 8
-
-
-@dataclass(frozen=True)
-class CostConfig:
-    """Write the page about ImageNet's cost beside the benchmark's."""
-
-    output: Path = RESULTS
-    """Folder of benchmark.json, and of the page."""
 
 
 def models_table() -> str:
@@ -91,16 +76,8 @@ def data_table(decoded: Row | None, ratios: dict[str, Row]) -> str:
     return markdown_table(header, rows)
 
 
-def page(config: CostConfig) -> str:
-    """The Markdown page.
-
-    Raises:
-        ValueError: the benchmark was not run.
-    """
-    place = config.output / "benchmark.json"
-    if not place.exists():
-        raise ValueError(f"{place} is missing: run recipes.studies.benchmark first")
-    record = json.loads(place.read_text())
+def imagenet_page(record: dict[str, Any]) -> str:
+    """The Markdown page, from a record that has the part `steps`."""
     rows = [Row(**row) for row in record["rows"]]
     decoded = next((row for row in rows if row.part == "streaming" and row.unit == "images/s"), None)
     ratios = {row.what: row for row in rows if row.part == "steps" and "at 224 px" in row.what}
@@ -108,7 +85,7 @@ def page(config: CostConfig) -> str:
     measured = "; ".join(f"{row.what}: {row.median:.3f} ({row.low:.3f} to {row.high:.3f})" for row in ratios.values())
     text = [
         "# ImageNet on paper",
-        "Made by `python -m recipes.studies.imagenet_cost` from `benchmark.json`; no run of this size was made, and no "
+        "Made by `python -m recipes.studies.benchmark` from `benchmark.json`; no run of this size was made, and no "
         "GPU was measured. Tf-FD over plain training, measured on "
         f"{record['measured']['steps']['hardware']}: {measured}.",
         "## What a model moves",
@@ -131,14 +108,3 @@ def page(config: CostConfig) -> str:
         + " ImageNet-21k has no place on many disks: `--streaming` reads it while it trains.",
     ]
     return "\n\n".join(text) + "\n"
-
-
-def main(config: CostConfig) -> None:
-    """Write the page."""
-    place = config.output / "imagenet.md"
-    write_text(place, page(config))
-    print(place)
-
-
-if __name__ == "__main__":
-    run_cli(main, CostConfig)
