@@ -509,6 +509,10 @@ BUDGET_VGG8 = Study(
         Row("budget-vgg8-smooth10", "label smoothing 0.1", {"optim": {"label_smoothing": 0.1}}, "budget-vgg8"),
         *regularised("budget-vgg8"),
     ),
+    note=(
+        "VGG8's pair of 60 epochs in [students](../students/README.md) has label smoothing alone. The two that change "
+        "the images as well end at a much higher training loss, and may pay in runs that are longer still."
+    ),
 )
 
 # --- does Tf-FD help? at fixed lambda, by the zoo's recipe ------------------------------------------------------------
