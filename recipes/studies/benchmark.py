@@ -143,10 +143,12 @@ def main(config: BenchmarkConfig) -> None:
                 write_text(place, json.dumps(record, indent=1) + "\n")  # a part is kept once it is measured
                 torch.compiler.reset()
     draw([Row(**row) for row in record["rows"]], config.output / "methods.png")
-    write_text(config.output / "README.md", page(record))
+    pages = {"README.md": page(record)}
     if "steps" in record["measured"]:
-        write_text(config.output / "imagenet.md", imagenet_page(record))
-    print(config.output / "README.md")
+        pages["imagenet.md"] = imagenet_page(record)
+    for name, text in pages.items():
+        write_text(config.output / name, text)
+        print(config.output / name)
 
 
 def _shown(rows: Iterator[Row]) -> Iterator[Row]:

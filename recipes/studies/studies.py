@@ -646,6 +646,7 @@ def authors_pair(network: str, epochs: int, **data: Any) -> tuple[Row, Row]:
 
 ZOO = vary(train_cifar100.ZOO_PLAIN, "zoo", run=EVERY_FIFTH)
 AVERAGED: dict[str, Any] = {"weights": "last_ema"}
+VGG8 = (Published(70.36, CRD), Published(71.62, POSTER, 70.36))
 RESNET20 = pair("resnet20", 90, (0, 1, 2), Published(68.83, PUBLIC_ZOO), TFFD)
 
 LENGTHS = Study(
@@ -666,10 +667,8 @@ STUDENTS = Study(
         *pair("resnet18", 80, (0,), label_smoothing=0.1, mixup=0.2, image_size=64, **AVERAGED),
         *pair("resnet32", 60, (0,), Published(70.16, PUBLIC_ZOO), Published(72.55, POSTER, 71.14), compiled=True),
         *pair("wrn16_2", 60, (0,), Published(73.26, CRD), Published(74.33, POSTER, 73.26), compiled=True, **AVERAGED),
-        *pair("vgg8", 40, (0,), Published(70.36, CRD), Published(71.62, POSTER, 70.36), **AVERAGED),
-        *pair(
-            "vgg8", 60, (0,), Published(70.36, CRD), Published(71.62, POSTER, 70.36), label_smoothing=0.1, **AVERAGED
-        ),
+        *pair("vgg8", 40, (0,), *VGG8, **AVERAGED),
+        *pair("vgg8", 60, (0,), *VGG8, label_smoothing=0.1, **AVERAGED),
         *pair("resnet8x4", 50, (0,), Published(72.50, CRD), Published(73.62, POSTER, 72.50), compiled=True, **AVERAGED),
         *pair("resnet56", 40, (0,), Published(72.63, PUBLIC_ZOO), compiled=True, **AVERAGED),
     ),
