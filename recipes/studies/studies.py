@@ -664,7 +664,7 @@ STUDENTS = Study(
         *RESNET20,
         *authors_pair("resnet18", 25, image_size=64),
         *pair("resnet18", 40, (0,), label_smoothing=0.1, image_size=64, auto_augment="trivial"),
-        *pair("resnet18", 80, (0,), label_smoothing=0.1, mixup=0.2, image_size=64, **AVERAGED),
+        *pair("resnet18", 60, (0,), label_smoothing=0.1, mixup=0.2, image_size=64, **AVERAGED),
         *pair("resnet32", 60, (0,), Published(70.16, PUBLIC_ZOO), Published(72.55, POSTER, 71.14), compiled=True),
         *pair("wrn16_2", 60, (0,), Published(73.26, CRD), Published(74.33, POSTER, 73.26), compiled=True, **AVERAGED),
         *pair("vgg8", 40, (0,), *VGG8, **AVERAGED),
@@ -675,13 +675,13 @@ STUDENTS = Study(
     ),
     note=(
         "Some pairs add regularisers to the zoo's recipe, in both arms: ResNet-18's of 40 epochs TrivialAugment and "
-        "label smoothing 0.1, its pair of 80 mixup, alpha 0.2, and label smoothing 0.1 "
+        "label smoothing 0.1, its pair of 60 mixup, alpha 0.2, and label smoothing 0.1 "
         "([budget18-25](../budget18-25/README.md)); VGG8's of 60 label smoothing 0.1 and its pair of 70 mixup as well "
         "([budget-vgg8](../budget-vgg8/README.md)). Runs evaluate in bf16 and are told so here; weights that are "
         "released are measured again in float32, which moves a figure by about a tenth of a point. Of ResNet-20, "
         "ResNet-18 and ResNet-32 the weights after the last epoch are released. In all ten runs of these that took 60 "
         "epochs or more the moving average was the better network, by 0.07 to 0.73; so from WRN-16-2 on, and of "
-        "ResNet-18's pair of 80, the average after the last epoch is released, of both arms, which was decided before "
+        "ResNet-18's pair of 60, the average after the last epoch is released, of both arms, which was decided before "
         "any of its figures were known."
     ),
     decides=True,
