@@ -31,7 +31,8 @@ from .build import image_spec, memory_format
 WORTH_MEASURING = 100
 """Steps of the shortest run whose precision is measured: measuring takes about a dozen of them."""
 WORTH_COMPILING = 30.0
-"""Minutes of the shortest run for which compiled steps are measured: compiling takes up to a minute, twice over."""
+"""Minutes of the shortest run for which compiled steps are measured: compiling takes a minute of a small network and
+several of a large one, twice over."""
 WORTH = 0.95
 """Part of the time, at most, that bf16 or a compiled step has to take."""
 PIXELS = 128 * 32 * 32
